@@ -1,0 +1,226 @@
+"""Gathers images of many requests into batches for one encoder. Knows neither HTTP nor image files.
+
+Admission is counted in images and is all or nothing for a request. A batch is whatever waits at the moment the encoder
+is free: nothing ever sleeps to fill one. A batch that fails is run again image by image, so that a bad image takes down
+itself alone, and the worker thread starts again should anything escape from there.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from patchsight_serve.encoder import Encoder, Pixels, Values
+from patchsight_serve.errors import DeadlineExceeded, NotReady, Overloaded, PatchsightError
+from patchsight_serve.timing import Timing
+
+logger = logging.getLogger(__name__)
+
+Result = Mapping[str, Values] | PatchsightError
+
+
+@dataclass(eq=False)
+class _Item:
+    """One image on its way through."""
+
+    image: Pixels
+    outputs: Sequence[str]
+    future: asyncio.Future[Result]
+    started: float = 0.0  # perf_counter when its batch began
+    finished: float = 0.0
+
+
+class Batcher:
+    """One encoder, its queue, and the one thread that runs it. All methods belong to one event loop.
+
+    heartbeat: `time.monotonic()` of the last batch that the encoder ran without failing; -inf before the first, and
+    after one that failed.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        max_batch: int = 32,
+        max_queue: int = 256,
+        on_batch: Callable[[int], object] = lambda _: None,
+    ) -> None:
+        self.encoder = encoder
+        self.max_batch = max_batch
+        self.max_queue = max_queue
+        self.admitted = 0  # images of all admitted requests: being decoded, waiting or in the encoder
+        self.heartbeat = float("-inf")
+        self._on_batch = on_batch  # told the size of each batch, in the worker's thread
+        self._rate = 0.0  # images per second, smoothed; 0 until the first batch
+        self._queue: deque[_Item] = deque()
+        self._running: list[_Item] = []  # the batch in the encoder
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._proving = asyncio.Lock()
+
+    # The life of the worker
+
+    async def __aenter__(self) -> Self:
+        self._thread = threading.Thread(target=self._supervise, name=f"encode {self.encoder.manifest.name}")
+        self._thread.daemon = True  # an encoder that hangs must not keep the process alive
+        self._thread.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Answer what is queued, then end the worker."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join, 10.0)
+
+    @property
+    def alive(self) -> bool:
+        """The worker thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    # Requests, on the event loop
+
+    @contextmanager
+    def admit(self, images: int) -> Iterator[None]:
+        """Hold `images` places. Raises Overloaded at once, and holds none, if there are not as many."""
+        if self.admitted + images > self.max_queue:
+            wait_s = self.admitted / self._rate if self._rate else 1.0
+            raise Overloaded(
+                f"{self.admitted} images are in work, {images} more would pass the limit of {self.max_queue}",
+                retry_after_s=int(min(max(wait_s + 1, 1), 60)),
+            )
+        self.admitted += images
+        try:
+            yield
+        finally:
+            self.admitted -= images
+
+    async def submit(
+        self, images: Sequence[Pixels], outputs: Sequence[str], timeout_s: float
+    ) -> tuple[list[Result], Timing]:
+        """`admit` and `run`, within `timeout_s` seconds. Raises Overloaded, DeadlineExceeded, NotReady."""
+        with self.admit(len(images)):
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return await self.run(images, outputs)
+            except TimeoutError:
+                raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
+
+    async def run(self, images: Sequence[Pixels], outputs: Sequence[str]) -> tuple[list[Result], Timing]:
+        """Encode images that are already admitted.
+
+        images: each uint8 `(H, W, 3)` as the encoder's manifest says. outputs: names in the graph.
+
+        Returns a result per image, in order: each output without the batch axis, or the image's error. Cancelling
+        takes the images out of the queue. Raises NotReady if the worker is not running.
+        """
+        if not self.alive:
+            raise NotReady(f"the worker of encoder {self.encoder.manifest.name!r} is not running")
+        loop = asyncio.get_running_loop()
+        items = [_Item(image, outputs, loop.create_future()) for image in images]
+        submitted = time.perf_counter()
+        with self._wake:
+            self._queue.extend(items)
+            self._wake.notify()
+        try:
+            results = await asyncio.gather(*(item.future for item in items))
+        except asyncio.CancelledError:
+            with self._wake:  # gather cancelled the futures; their images must not wait for a worker that may hang
+                self._queue = deque(item for item in self._queue if not item.future.done())
+            raise
+        if not items:
+            return [], Timing()
+        started, finished = min(i.started for i in items), max(i.finished for i in items)
+        return list(results), Timing(queue=started - submitted, infer=finished - started)
+
+    async def prove(self, max_age_s: float, timeout_s: float) -> None:
+        """Return once the encoder is known to work: by a batch at most `max_age_s` old, or else by one run now.
+
+        Raises NotReady if it does not answer in time, or answers with an error.
+        """
+        async with self._proving:  # a hundred probes at once make one inference
+            if self.alive and time.monotonic() - self.heartbeat <= max_age_s:
+                return
+            side = self.encoder.manifest.transform.crop
+            gray = np.full((side, side, 3), 128, np.uint8)
+            name = next(iter(self.encoder.manifest.outputs))
+            try:
+                async with asyncio.timeout(timeout_s):
+                    (result,), _ = await self.run([gray], [name])
+            except TimeoutError:
+                result = NotReady(f"encoder {self.encoder.manifest.name!r} did not answer within {timeout_s:g} s")
+            if isinstance(result, PatchsightError):
+                raise NotReady(result.message)
+
+    # The worker's thread
+
+    def _supervise(self) -> None:
+        while True:
+            try:
+                return self._work()
+            except BaseException:  # noqa: BLE001 - whatever it was, the next request must be answered
+                logger.exception("the worker of encoder %r starts again", self.encoder.manifest.name)
+                self.heartbeat = float("-inf")
+                self._deliver(self._running, [_failed() for _ in self._running])
+
+    def _work(self) -> None:
+        while True:
+            with self._wake:
+                while not self._queue and not self._stopping:
+                    self._wake.wait()
+                if not self._queue:
+                    return
+                taken = [self._queue.popleft() for _ in range(min(self.max_batch, len(self._queue)))]
+            self._running = [item for item in taken if not item.future.done()]  # the others were given up
+            if self._running:
+                self._deliver(self._running, self._encode(self._running))
+            self._running = []
+
+    def _encode(self, batch: Sequence[_Item]) -> list[Result]:
+        """Results of a batch, one per item; if the batch fails, each item is tried alone."""
+        started = time.perf_counter()
+        for item in batch:
+            item.started = item.started or started
+        # Requests that ask for different outputs share the batch: the graph is run for all that anybody wants.
+        names = list(dict.fromkeys(name for item in batch for name in item.outputs))
+        try:
+            values = self.encoder.run(np.stack([item.image for item in batch]), names)
+        except Exception as error:
+            self.heartbeat = float("-inf")
+            if len(batch) > 1:
+                logger.warning("a batch of %d failed (%s); trying its images one by one", len(batch), error)
+                return [result for item in batch for result in self._encode([item])]
+            logger.exception("encoder %r failed on an image", self.encoder.manifest.name)
+            return [error if isinstance(error, PatchsightError) else _failed()]
+        finished = time.perf_counter()
+        self.heartbeat = time.monotonic()
+        self._rate = 0.8 * self._rate + 0.2 * len(batch) / (finished - started) if self._rate else len(batch)
+        self._on_batch(len(batch))
+        return [{name: values[name][i] for name in item.outputs} for i, item in enumerate(batch)]
+
+    def _deliver(self, batch: Sequence[_Item], results: Sequence[Result]) -> None:
+        """Hand results to the event loop, in one call for the whole batch."""
+        finished = time.perf_counter()
+
+        def resolve() -> None:
+            for item, result in zip(batch, results, strict=True):
+                if not item.future.done():
+                    item.finished = finished
+                    item.future.set_result(result)
+
+        try:
+            batch[0].future.get_loop().call_soon_threadsafe(resolve)
+        except (RuntimeError, IndexError):  # the loop is closed: nobody waits any more; or there is no batch
+            logger.debug("nobody waits for a batch of %d", len(batch))
+
+
+def _failed() -> PatchsightError:
+    return PatchsightError("the encoder failed on this image")

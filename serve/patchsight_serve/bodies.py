@@ -1,0 +1,173 @@
+"""The three ways in which images arrive: a raw body, multipart/form-data, or JSON with base64. Read while counting."""
+
+import asyncio
+import binascii
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import orjson
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+
+from patchsight_serve.errors import DeadlineExceeded, InvalidRequest, PatchsightError, TooLarge, UnsupportedImage
+
+FIELD = "images"  # the multipart field and the JSON key
+
+
+@dataclass(frozen=True)
+class BodyLimits:
+    """What one request may bring."""
+
+    max_bytes: int  # of the whole body, as it comes over the wire
+    max_images: int
+    timeout_s: float  # for the body to arrive
+
+
+@dataclass(frozen=True)
+class Multipart:
+    """A read multipart body: the files named `images`, in order, and the text fields (the last of a name counts)."""
+
+    images: list[bytes]
+    fields: dict[str, str]
+
+
+class _InMemory(MultiPartParser):
+    spool_max_size = 1 << 40  # the body's size is limited, so nothing need go to the disk
+
+
+def media_type(request: Request) -> str:
+    """The body's media type in lower case, without parameters; empty if not given."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def read_images(request: Request, limits: BodyLimits) -> list[bytes | PatchsightError]:
+    """The encoded images of a raw, multipart or JSON body, at least one.
+
+    In JSON, an entry that is not base64 is an error in its place, and harms no other image.
+
+    Raises:
+        InvalidRequest: malformed, or without any image.
+        TooLarge: more bytes or images than `limits` allows.
+        UnsupportedImage: a media type that cannot hold images.
+        DeadlineExceeded: the body did not arrive in time.
+    """
+    kind = media_type(request)
+    if kind == "multipart/form-data":
+        images: list[bytes | PatchsightError] = list((await read_multipart(request, limits)).images)
+        if not images:
+            raise InvalidRequest(f"the form has no file in a field named {FIELD!r}", FIELD)
+        return images
+    if kind == "application/json":
+        return from_json(await read_body(request, limits), limits)
+    if kind.startswith("image/") or kind in ("", "application/octet-stream"):
+        return [await read_body(request, limits)]
+    raise UnsupportedImage(
+        f"a body of type {kind!r} is not read; send image/*, application/octet-stream, multipart/form-data or "
+        "application/json",
+        "Content-Type",
+    )
+
+
+async def read_body(request: Request, limits: BodyLimits) -> bytes:
+    """The whole body. Raises TooLarge as soon as it is known to be, DeadlineExceeded."""
+    async with _in_time(limits):
+        chunks = [chunk async for chunk in _counted(request, limits)]
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+async def read_multipart(request: Request, limits: BodyLimits) -> Multipart:
+    """Files named `images` and text fields of a multipart/form-data body. There may be no image at all.
+
+    Raises InvalidRequest, TooLarge, DeadlineExceeded.
+    """
+    parser = _InMemory(
+        request.headers,
+        _counted(request, limits),
+        max_files=limits.max_images,
+        max_fields=32,
+        max_part_size=limits.max_bytes,
+    )
+    try:
+        async with _in_time(limits):
+            form = await parser.parse()
+    except MultiPartException as error:
+        if error.message.startswith("Too many files"):
+            raise _too_many(None, limits) from None
+        raise InvalidRequest(f"the multipart body is malformed: {error.message}") from None
+    except (KeyError, ValueError) as error:  # no boundary in the header, undecodable names
+        raise InvalidRequest(f"the multipart body is malformed: {error}") from None
+    images: list[bytes] = []
+    fields: dict[str, str] = {}
+    for name, value in form.multi_items():
+        if isinstance(value, str):
+            fields[name] = value
+        elif name == FIELD:
+            images.append(await value.read())
+        else:
+            raise InvalidRequest(f"the form has a file in the field {name!r}; files belong in {FIELD!r}", name)
+    await form.close()
+    return Multipart(images, fields)
+
+
+def from_json(body: bytes, limits: BodyLimits) -> list[bytes | PatchsightError]:
+    """`{"images": [base64 or data URI, …]}` to bytes. Raises InvalidRequest, TooLarge."""
+    try:
+        content = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not JSON: {error}") from None
+    images = content.get(FIELD) if isinstance(content, dict) else None
+    if not isinstance(images, list) or not images:
+        raise InvalidRequest('the JSON body must be {"images": [base64 or data URI, …]} with at least one image', FIELD)
+    if unknown := set(content) - {FIELD}:
+        raise InvalidRequest(f"unknown key {min(unknown)!r} in the JSON body", min(unknown))
+    if len(images) > limits.max_images:
+        raise _too_many(len(images), limits)
+    return [_from_base64(image) for image in images]
+
+
+def _from_base64(text: object) -> bytes | PatchsightError:
+    if not isinstance(text, str):
+        return InvalidRequest(f"an image must be a string of base64 or a data URI, not {type(text).__name__}")
+    if text.startswith(("http:", "https:", "file:")):
+        return InvalidRequest("images are never fetched from a URL; send their bytes")
+    if text.startswith("data:"):
+        head, _, text = text.partition(",")
+        if not head.endswith(";base64"):
+            return InvalidRequest("a data URI must be base64: data:image/…;base64,…")
+    try:
+        return binascii.a2b_base64("".join(text.split()), strict_mode=True)  # `base64 FILE` breaks its lines
+    except ValueError as error:
+        return InvalidRequest(f"not base64: {error}")
+
+
+async def _counted(request: Request, limits: BodyLimits) -> AsyncGenerator[bytes, None]:
+    """The body's chunks, refused as soon as they, or what Content-Length announces, pass the limit."""
+    announced = request.headers.get("content-length", "0")
+    if announced.isdecimal() and int(announced) > limits.max_bytes:
+        raise _too_long(int(announced), limits)
+    total = 0
+    async for chunk in request.stream():
+        total += len(chunk)
+        if total > limits.max_bytes:
+            raise _too_long(total, limits)
+        if chunk:
+            yield chunk
+
+
+@asynccontextmanager
+async def _in_time(limits: BodyLimits) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(limits.timeout_s):
+            yield
+    except TimeoutError:
+        raise DeadlineExceeded(f"the body did not arrive within {limits.timeout_s:g} s") from None
+
+
+def _too_long(size: int, limits: BodyLimits) -> TooLarge:
+    return TooLarge(f"the body has {size:,} bytes or more, the limit is {limits.max_bytes:,}")
+
+
+def _too_many(count: int | None, limits: BodyLimits) -> TooLarge:
+    said = f"{count:,} images" if count else "more images than allowed"
+    return TooLarge(f"the request has {said}, the limit is {limits.max_images}", FIELD)

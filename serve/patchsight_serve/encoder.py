@@ -1,0 +1,28 @@
+"""What the server asks of an engine that runs an encoder. ONNX Runtime and the fake satisfy it and pass the same tests."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from patchsight_serve.manifest import Manifest
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+Values = np.ndarray[Any, np.dtype[np.float32]]
+
+
+class Encoder(Protocol):
+    """One encoder, ready to run. `run` may be called from any thread, from one thread at a time."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the encoder promises: names and shapes of its outputs, and the transform of its input."""
+
+    def run(self, images: Pixels, outputs: Sequence[str]) -> dict[str, Values]:
+        """Encode a batch.
+
+        images: uint8 `(N, H, W, 3)`, RGB, N >= 1, H = W = `manifest.transform.crop`.
+        outputs: names from `manifest.outputs`.
+
+        Returns float32 `(N, *manifest.outputs[name])` for each name asked for, rows in the order of `images`.
+        """

@@ -1,0 +1,54 @@
+"""What Prometheus may ask. One registry per application, so that two in one process do not collide."""
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+# Seconds, geometric: 0.1 ms to 13 s, each twice the one before.
+SECONDS = tuple(0.0001 * 2**i for i in range(18))
+BATCH_SIZES = tuple(float(2**i) for i in range(11))
+
+
+class Metrics:
+    """The server's counters and histograms. Labels are route templates, names of encoders and error codes: a bounded
+    set, whatever clients send."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+
+        def seconds(name: str, text: str) -> Histogram:
+            return Histogram(f"patchsight_{name}_seconds", text, registry=registry, buckets=SECONDS)
+
+        self.requests = Counter(
+            "patchsight_requests", "Requests answered.", ("method", "route", "code"), registry=registry
+        )
+        self.duration = Histogram(
+            "patchsight_request_duration_seconds",
+            "From the request's header to the reply's last byte.",
+            ("route",),
+            registry=registry,
+            buckets=SECONDS,
+        )
+        self.images = Counter("patchsight_images", "Images encoded.", ("encoder",), registry=registry)
+        self.rejected = Counter(
+            "patchsight_rejected_images", "Images not encoded, by the code of their error.", ("reason",),
+            registry=registry,
+        )  # fmt: skip
+        self.decode = seconds("decode", "Decoding all images of a request.")
+        self.queue = seconds("queue", "From the queue's end to the first batch of a request.")
+        self.infer = seconds("infer", "From the first batch of a request to the end of its last.")
+        self.batch_size = Histogram(
+            "patchsight_batch_size", "Images in a batch.", ("encoder",), registry=registry, buckets=BATCH_SIZES
+        )
+        self.queued = Gauge(
+            "patchsight_admitted_images", "Images being decoded, waiting or encoded.", ("encoder",), registry=registry
+        )
+
+    def watch_queue(self, encoder: str, depth: Callable[[], float]) -> None:
+        """Report `depth()` as the encoder's queue whenever Prometheus asks."""
+        self.queued.labels(encoder).set_function(depth)
+
+    def text(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,172 @@
+"""From encoded images to the encoders' outputs: what every route that takes images is built on. Knows no HTTP."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from patchsight_serve.batcher import Batcher
+from patchsight_serve.decode import Limits, decode
+from patchsight_serve.encoder import Encoder, Pixels, Values
+from patchsight_serve.errors import DeadlineExceeded, InvalidRequest, NotFound, Overloaded, PatchsightError
+from patchsight_serve.manifest import Manifest
+from patchsight_serve.metrics import Metrics
+from patchsight_serve.settings import ServeSettings
+from patchsight_serve.timing import Timing
+
+T = TypeVar("T")
+
+# What a request may ask for, in the order of the replies, and what the graph calls it. `embedding` is the one that the
+# encoder's manifest recommends.
+OUTPUTS = {
+    "embedding": None,
+    "cls": "cls_embedding",
+    "mean": "mean_embedding",
+    "attention": "attention",
+    "patch_tokens": "patch_tokens",
+}
+VECTORS = ("embedding", "cls", "mean")
+
+
+def graph_name(output: str, manifest: Manifest) -> str:
+    """The graph's name of a public output. Raises InvalidRequest if this encoder does not have it."""
+    if output not in OUTPUTS:
+        raise InvalidRequest(f"unknown output {output!r}; the outputs are {', '.join(OUTPUTS)}", "outputs")
+    name = OUTPUTS[output] or f"{manifest.recommended}_embedding"
+    if name not in manifest.outputs:
+        raise InvalidRequest(
+            f"encoder {manifest.name!r} has no output {output!r}; it has {', '.join(manifest.outputs)}", "outputs"
+        )
+    return name
+
+
+def normalize(vectors: Values) -> Values:
+    """`(..., D)` to length 1 along the last axis; a vector of zeros stays one."""
+    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0)
+
+
+@dataclass
+class Service:
+    """The loaded encoders with a queue each, and the threads that decode. One per process, on one event loop."""
+
+    encoders: dict[str, Encoder]
+    batchers: dict[str, Batcher]
+    settings: ServeSettings
+    limits: Limits  # of one image
+    pool: ThreadPoolExecutor  # decodes and draws; as many threads as `settings.decode_threads`
+    metrics: Metrics
+    draining: bool = False  # told to stop: not ready any more, but requests are still answered
+
+    def encoder(self, name: str | None = None) -> Encoder:
+        """The encoder of that name; None is the default one. Raises NotFound."""
+        name = name or self.default_encoder
+        if name not in self.encoders:
+            raise NotFound(f"no encoder {name!r} is loaded; there are {', '.join(self.encoders)}", "encoder")
+        return self.encoders[name]
+
+    @property
+    def default_encoder(self) -> str:
+        """`settings.encoder`, else the first by name."""
+        return self.settings.encoder or next(iter(self.encoders))
+
+    async def embed_images(
+        self,
+        blobs: Sequence[bytes | PatchsightError],
+        encoder_name: str | None = None,
+        outputs: Sequence[str] = ("embedding",),
+        timing: Timing | None = None,
+    ) -> list[dict[str, Values] | PatchsightError]:
+        """Decode and encode. One entry per blob, in order: its outputs, or the error that this image alone has.
+
+        blobs: encoded images; an error in the place of one (damaged base64) stays in its place.
+        outputs: of `OUTPUTS`. Vectors `(D,)` are as the graph gives them, not normalized; attention is
+            `(heads, h, w)`, patch tokens `(h, w, D)`.
+        timing: is filled in.
+
+        Raises for the request as a whole: NotFound (encoder), InvalidRequest (outputs), Overloaded, NotReady,
+        DeadlineExceeded.
+        """
+        manifest = self.encoder(encoder_name).manifest
+        names = {output: graph_name(output, manifest) for output in outputs}
+
+        def to_pixels(data: bytes) -> Pixels:
+            return decode(data, manifest.transform, self.limits)
+
+        async with self.admitted(len(blobs), manifest.name):
+            pixels = await self.decode_images(blobs, to_pixels, timing)
+            good = [p for p in pixels if not isinstance(p, PatchsightError)]
+            encoded = iter(await self.infer(good, manifest.name, list(dict.fromkeys(names.values())), timing))
+        results: list[dict[str, Values] | PatchsightError] = []
+        for entry in pixels:
+            result = entry if isinstance(entry, PatchsightError) else next(encoded)
+            if isinstance(result, PatchsightError):
+                results.append(result)
+            else:
+                results.append({output: result[name] for output, name in names.items()})
+        return results
+
+    @asynccontextmanager
+    async def admitted(self, images: int, encoder_name: str) -> AsyncIterator[None]:
+        """Hold places for `images` in the encoder's queue, from before they are decoded, and keep to the deadline.
+
+        Raises Overloaded at once if there are not enough places, DeadlineExceeded after `settings.timeout_s`.
+        """
+        try:
+            with self.batchers[encoder_name].admit(images):
+                async with asyncio.timeout(self.settings.timeout_s):
+                    yield
+        except TimeoutError:
+            self.metrics.rejected.labels(DeadlineExceeded.code).inc(images)
+            raise DeadlineExceeded(f"no answer within {self.settings.timeout_s:g} s") from None
+        except Overloaded:
+            self.metrics.rejected.labels(Overloaded.code).inc(images)
+            raise
+
+    async def decode_images(
+        self,
+        blobs: Sequence[bytes | PatchsightError],
+        work: Callable[[bytes], T],
+        timing: Timing | None = None,
+    ) -> list[T | PatchsightError]:
+        """Run `work` on each blob in the pool; an image error takes the place of that image's result."""
+        start = time.perf_counter()
+
+        def one(data: bytes) -> T | PatchsightError:
+            try:
+                return work(data)
+            except PatchsightError as error:
+                return error
+
+        loop = asyncio.get_running_loop()
+        waiting = [loop.run_in_executor(self.pool, one, b) for b in blobs if isinstance(b, bytes)]
+        done = iter(await asyncio.gather(*waiting))
+        spent = time.perf_counter() - start
+        self.metrics.decode.observe(spent)
+        if timing is not None:
+            timing.decode += spent
+        results = [next(done) if isinstance(b, bytes) else b for b in blobs]
+        for result in results:
+            if isinstance(result, PatchsightError):
+                self.metrics.rejected.labels(result.code).inc()
+        return results
+
+    async def infer(
+        self, images: Sequence[Pixels], encoder_name: str, outputs: Sequence[str], timing: Timing | None = None
+    ) -> list[Mapping[str, Values] | PatchsightError]:
+        """Encode decoded images for which `admitted` holds places. Outputs have the graph's names."""
+        if not images:
+            return []
+        results, spent = await self.batchers[encoder_name].run(images, outputs)
+        self.metrics.queue.observe(spent.queue)
+        self.metrics.infer.observe(spent.infer)
+        self.metrics.images.labels(encoder_name).inc(len(images))
+        if timing is not None:
+            timing.queue += spent.queue
+            timing.infer += spent.infer
+        return results

@@ -1,0 +1,88 @@
+"""Everything about `patchsight-serve` that can be set. Flag `--max-batch`, variable `PATCHSIGHT_MAX_BATCH`, key
+`max_batch` in the table `[serve]` of patchsight.toml."""
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import SettingsConfigDict
+
+from patchsight_serve.bodies import BodyLimits
+from patchsight_serve.config import CommandSettings
+from patchsight_serve.decode import Limits
+
+MEBIBYTE = 1024 * 1024
+Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class ServeSettings(CommandSettings):
+    """Serve the encoders of a model repository over HTTP: embeddings, attention and neighbors."""
+
+    model_config = SettingsConfigDict(env_prefix="PATCHSIGHT_")
+    table: ClassVar[str] = "serve"
+
+    host: str = Field("127.0.0.1", description="address to listen on; beyond loopback, API keys are needed")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    model_repository: Path = Field(Path("model_repository"), description="folder with one encoder bundle per subfolder")
+    state_dir: Path = Field(Path("state"), description="folder that holds the galleries")
+    encoder: str | None = Field(None, description="the encoder of requests that name none (default: the first by name)")
+
+    api_keys: SecretStr = Field(SecretStr(""), description="comma-separated; each opens everything, as a Bearer token")
+    allow_anonymous: bool = Field(False, description="listen beyond loopback without an API key")
+
+    max_images: Positive = Field(64, description="images per request")
+    max_image_bytes: Positive = Field(20 * MEBIBYTE, description="bytes of one encoded image")
+    max_body_bytes: Positive = Field(64 * MEBIBYTE, description="bytes of a request's body")
+    max_pixels: Positive = Field(50_000_000, description="width x height of one image, read from its header")
+    max_batch: Positive = Field(32, description="images per run of an encoder")
+    max_queue: Positive = Field(256, description="images of all requests in work at once; more are answered with 429")
+
+    timeout_s: Seconds = Field(30.0, description="seconds for a body to arrive, and again for its images to be encoded")
+    ready_age_s: Seconds = Field(5.0, description="/readyz trusts an inference this many seconds old, then runs one")
+    drain_delay_s: float = Field(
+        1.0, ge=0, description="seconds between /readyz turning 503 and the end of listening, for a load balancer"
+    )
+    drain_timeout_s: Positive = Field(30, description="seconds that requests in work have to finish at shutdown")
+
+    threads: Positive | None = Field(None, description="threads of one inference (default: one per core)")
+    decode_threads: Positive = Field(os.cpu_count() or 1, description="images decoded at the same time")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line to log")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_images > self.max_queue:
+            raise ValueError(f"max_images {self.max_images} can never enter a queue of max_queue {self.max_queue}")
+        if not (is_loopback(self.host) or self.keys or self.allow_anonymous):
+            raise ValueError(
+                f"host {self.host} is reachable from other machines and no API key is set: set PATCHSIGHT_API_KEYS, or "
+                "PATCHSIGHT_ALLOW_ANONYMOUS=1 to let anybody in"
+            )
+        return self
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The API keys; empty: everybody may call."""
+        return tuple(key for key in (k.strip() for k in self.api_keys.get_secret_value().split(",")) if key)
+
+    @property
+    def body_limits(self) -> BodyLimits:
+        """What one request may bring."""
+        return BodyLimits(self.max_body_bytes, self.max_images, self.timeout_s)
+
+    @property
+    def image_limits(self) -> Limits:
+        """What one image may cost."""
+        return Limits(max_bytes=self.max_image_bytes, max_pixels=self.max_pixels)
+
+
+def is_loopback(host: str) -> bool:
+    """Only this machine can reach the address. A name other than `localhost` is not trusted to stay one."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
