@@ -1,0 +1,80 @@
+"""Exact nearest neighbors by cosine: FAISS proposes, float64 decides.
+
+FAISS sums in float32 in an order that depends on the number of queries, and breaks ties as it likes. So it is asked for
+a few more than are wanted, those are scored again in float64 (rounded to float32), and the answer counts only once the
+rounding error of FAISS provably cannot hide a better one. Knows vectors and integer keys, no images.
+"""
+
+from typing import Any
+
+import faiss
+import numpy as np
+
+from patchsight_serve.errors import InvalidRequest
+
+MARGIN = 16  # asked for beyond k: enough that real embeddings are settled at the first try
+
+F32 = np.ndarray[Any, np.dtype[np.float32]]
+I64 = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def normalize(vectors: F32) -> F32:
+    """Rows `(N, D)` or one vector `(D,)` to length 1, as float32.
+
+    Raises:
+        InvalidRequest: a vector has length 0, or holds NaN or infinity; `param` is its row.
+    """
+    exact = np.asarray(vectors, dtype=np.float64)
+    # Scaled by the largest entry first, so that squares neither overflow nor vanish.
+    peak = np.abs(exact).max(axis=-1, keepdims=True, initial=0.0)
+    bad = np.flatnonzero(~np.isfinite(peak) | (peak == 0.0))
+    if bad.size:
+        row = int(bad[0])
+        why = "has length 0" if peak.ravel()[row] == 0.0 else "holds NaN or infinity"
+        raise InvalidRequest(f"vector {row} {why}: it has no direction", param=f"vectors[{row}]")
+    scaled = exact / peak
+    unit: F32 = (scaled / np.linalg.norm(scaled, axis=-1, keepdims=True)).astype(np.float32)
+    return unit
+
+
+def flat_index(dim: int) -> Any:
+    """An empty exact index over unit vectors of `dim` values, addressed by int64 keys of our choice."""
+    return faiss.IndexIDMap2(faiss.IndexFlatIP(dim))
+
+
+def cosine(vectors: F32, query: F32) -> F32:
+    """Unit rows `(K, D)` against one unit query `(D,)`: float32 `(K,)` in -1..1.
+
+    Summed row by row in float64, so a score depends on nothing but its two vectors.
+    """
+    products = np.multiply(vectors, query, dtype=np.float64).sum(axis=1)
+    scores: F32 = np.clip(products, -1.0, 1.0).astype(np.float32)
+    return scores
+
+
+def nearest(index: Any, queries: F32, k: int, selector: Any = None) -> list[tuple[I64, F32]]:
+    """For each unit query of `(Q, D)`: keys and scores, in any order, of at least all vectors that may belong to the
+    best `k`, ties at the k-th place included. Sorting by score and by the caller's own rule for ties gives exactly
+    what brute force gives.
+
+    index: `flat_index`; must not change during the call. selector: a `faiss.IDSelector` of the keys allowed, or None.
+    """
+    found: list[tuple[I64, F32]] = [(np.empty(0, np.int64), np.empty(0, np.float32))] * len(queries)
+    if index.ntotal == 0 or k < 1:
+        return found
+    params = None if selector is None else faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
+    # |computed - true| of a float32 dot product of unit vectors is below D · 2⁻²⁴ (1 + tiny); twice that, to be safe.
+    error = index.d * 2.0**-23
+    pending, fetch = np.arange(len(queries)), min(k + MARGIN, index.ntotal)
+    while pending.size:
+        approximate, keys = index.search(queries[pending], fetch, params=params)
+        unsettled = []
+        for row, q in enumerate(pending):
+            mine = keys[row][keys[row] >= 0]
+            scores = cosine(index.reconstruct_batch(mine), queries[q]) if mine.size else np.empty(0, np.float32)
+            found[q] = mine, scores
+            everything = mine.size < fetch or fetch == index.ntotal
+            if not everything and np.partition(scores, -k)[-k] <= approximate[row].min() + 2 * error:
+                unsettled.append(q)
+        pending, fetch = np.array(unsettled, dtype=np.int64), min(4 * fetch, index.ntotal)
+    return found

@@ -1,0 +1,217 @@
+"""The durable record of a gallery: one SQLite file. What it has committed survives a kill and a power cut.
+
+A key names one vector for ever: keys are never used twice, and a replaced image gets a new one. Every row carries a
+checksum of itself, so a damaged one is noticed. Pictures lie in their own table, which keeps reading all vectors fast.
+"""
+
+import errno
+import hashlib
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from patchsight_serve.errors import Conflict, PatchsightError, StorageFull
+
+VERSION = 1
+_SCHEMA = f"""
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS images (
+    key INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, label TEXT, metadata TEXT NOT NULL,
+    sha256 TEXT NOT NULL, vector BLOB NOT NULL, checksum BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS images_by_label ON images (label) WHERE label IS NOT NULL;
+CREATE TABLE IF NOT EXISTS pictures (
+    key INTEGER PRIMARY KEY REFERENCES images ON DELETE CASCADE,
+    thumbnail BLOB NOT NULL, checksum BLOB NOT NULL, original BLOB);
+PRAGMA user_version = {VERSION};
+"""
+_COLUMNS = "key, id, label, metadata, sha256, vector, checksum"
+_CHUNK = 500  # values per query: SQLite takes 999 variables in old builds
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image. metadata: JSON text. sha256: of the encoded image. vector: float32 bytes, a unit vector."""
+
+    key: int
+    id: str
+    label: str | None
+    metadata: str
+    sha256: str
+    vector: bytes
+    checksum: bytes
+
+    @property
+    def intact(self) -> bool:
+        """Whether the row is what was once written."""
+        return self.checksum == row_checksum(self.id, self.label, self.metadata, self.sha256, self.vector)
+
+
+def row_checksum(id: str, label: str | None, metadata: str, sha256: str, vector: bytes) -> bytes:
+    """16 bytes that change with any byte of the row."""
+    return _digest(repr((id, label, metadata, sha256)).encode() + bytes(vector))
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+class Record:
+    """The file at `path`, created if missing. One process at a time; one writer and any number of readers in it."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises Conflict if another process has it open, PatchsightError if it is no gallery we can read,
+        StorageFull."""
+        self.path = path
+        with self._explained():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = self._lock_out_others(path.with_suffix(".lock"))
+            try:
+                self._writer = self._connect()
+                version = self._writer.execute("PRAGMA user_version").fetchone()[0]
+                if version not in (0, VERSION):
+                    raise PatchsightError(
+                        f"{path}: written by a newer patchsight (format {version}, we read {VERSION})"
+                    )
+                self._writer.executescript(_SCHEMA)
+                self._reader = self._connect()
+            except BaseException:
+                self._lock.close()
+                raise
+        self._reading = threading.Lock()
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        # A flipped bit may leave invalid UTF-8: that is for the checksum to report, not for the driver to fail on.
+        connection.text_factory = lambda raw: raw.decode(errors="replace")
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        return connection
+
+    @staticmethod
+    def _lock_out_others(path: Path) -> sqlite3.Connection:
+        """SQLite's own file lock, on a file beside: it works on every system, and ends with the process."""
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0)
+        try:
+            connection.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
+            connection.close()
+            if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+                raise Conflict(f"gallery {path.parent.name!r} is open in another process") from None
+            raise
+        return connection
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """SQLite's and the system's errors in our words."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            code = getattr(error, "sqlite_errorcode", None)
+            full = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
+            if code in full or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                message = f"no space left for gallery {self.path.parent.name!r}; nothing of this request was stored"
+                raise StorageFull(message) from error
+            raise PatchsightError(f"{self.path}: {error}") from error
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Commit what the block writes, durably and as a whole, or nothing of it. One thread at a time (the caller's
+        part). Raises StorageFull."""
+        with self._explained():
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._writer.execute("COMMIT")
+            except BaseException:
+                if self._writer.in_transaction:  # after some errors SQLite has rolled back on its own
+                    self._writer.execute("ROLLBACK")
+                raise
+
+    def fact(self, name: str) -> str | None:
+        """A fact about the gallery as a whole."""
+        found = self._read("SELECT value FROM facts WHERE name = ?", (name,))
+        return found[0][0] if found else None
+
+    def set_fact(self, name: str, value: str) -> None:
+        """Inside a transaction."""
+        self._writer.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+
+    def insert(
+        self, id: str, label: str | None, metadata: str, sha256: str, vector: bytes, thumbnail: bytes,
+        original: bytes | None,
+    ) -> int:  # fmt: skip
+        """Inside a transaction. Returns the new key."""
+        values = (id, label, metadata, sha256, vector, row_checksum(id, label, metadata, sha256, vector))
+        columns = _COLUMNS.removeprefix("key, ")
+        key = self._writer.execute(f"INSERT INTO images ({columns}) VALUES (?, ?, ?, ?, ?, ?)", values).lastrowid
+        assert key is not None
+        self._writer.execute("INSERT INTO pictures VALUES (?, ?, ?, ?)", (key, thumbnail, _digest(thumbnail), original))
+        return key
+
+    def describe(self, row: Row, label: str | None, metadata: str) -> None:
+        """Give a row another label and metadata, inside a transaction."""
+        checksum = row_checksum(row.id, label, metadata, row.sha256, row.vector)
+        change = "UPDATE images SET label = ?, metadata = ?, checksum = ? WHERE key = ?"
+        self._writer.execute(change, (label, metadata, checksum, row.key))
+
+    def delete(self, key: int) -> None:
+        """Inside a transaction."""
+        self._writer.execute("DELETE FROM images WHERE key = ?", (key,))
+
+    def find(self, ids: Sequence[str]) -> dict[str, Row]:
+        """The rows, damaged ones too, of those ids that are there."""
+        return {row.id: row for row in self._find("id", ids)}
+
+    def rows(self, keys: Sequence[int]) -> dict[int, Row]:
+        """The rows of those keys that are there."""
+        return {row.key: row for row in self._find("key", keys)}
+
+    def _find(self, column: str, values: Sequence[str | int]) -> Iterator[Row]:
+        for start in range(0, len(values), _CHUNK):
+            some = values[start : start + _CHUNK]
+            marks = ",".join("?" * len(some))
+            yield from (Row(*r) for r in self._read(f"SELECT {_COLUMNS} FROM images WHERE {column} IN ({marks})", some))
+
+    def page(self, after: str, limit: int) -> list[Row]:
+        """Up to `limit` rows in the order of their ids, those behind the id `after`."""
+        query = f"SELECT {_COLUMNS} FROM images WHERE id > ? ORDER BY id LIMIT ?"
+        return [Row(*r) for r in self._read(query, (after, limit))]
+
+    def scan(self, chunk: int = 10_000) -> Iterator[list[Row]]:
+        """All rows in the order of their keys, in chunks."""
+        last = -1
+        while found := self._read(f"SELECT {_COLUMNS} FROM images WHERE key > ? ORDER BY key LIMIT ?", (last, chunk)):
+            yield [Row(*r) for r in found]
+            last = found[-1][0]
+
+    def keys_with_label(self, label: str) -> list[int]:
+        """Keys of all rows of a label."""
+        return [key for (key,) in self._read("SELECT key FROM images WHERE label = ?", (label,))]
+
+    def thumbnail(self, key: int) -> bytes | None:
+        """JPEG bytes. Raises PatchsightError if they are damaged."""
+        found = self._read("SELECT thumbnail, checksum FROM pictures WHERE key = ?", (key,))
+        if found and _digest(found[0][0]) != found[0][1]:
+            raise PatchsightError("the stored thumbnail is damaged; add the image again with replace=true")
+        return found[0][0] if found else None
+
+    def original(self, key: int) -> bytes | None:
+        """The encoded image as it came, or None where originals are not kept."""
+        found = self._read("SELECT original FROM pictures WHERE key = ?", (key,))
+        return found[0][0] if found else None
+
+    def _read(self, query: str, values: Sequence[str | int]) -> list[tuple]:  # type: ignore[type-arg]
+        """Committed rows; a writer at work does not hold this up."""
+        with self._explained(), self._reading:
+            return self._reader.execute(query, values).fetchall()
+
+    def close(self) -> None:
+        """Fold the write-ahead log into the file and let go of it."""
+        with self._reading:
+            self._reader.close()
+        self._writer.close()
+        self._lock.close()
