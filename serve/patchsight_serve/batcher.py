@@ -166,7 +166,7 @@ class Batcher:
         while True:
             try:
                 return self._work()
-            except BaseException:  # noqa: BLE001 - whatever it was, the next request must be answered
+            except BaseException:  # whatever it was, the next request must be answered
                 logger.exception("the worker of encoder %r starts again", self.encoder.manifest.name)
                 self.heartbeat = float("-inf")
                 self._deliver(self._running, [_failed() for _ in self._running])
@@ -178,8 +178,8 @@ class Batcher:
                     self._wake.wait()
                 if not self._queue:
                     return
-                taken = [self._queue.popleft() for _ in range(min(self.max_batch, len(self._queue)))]
-            self._running = [item for item in taken if not item.future.done()]  # the others were given up
+                self._running = [self._queue.popleft() for _ in range(min(self.max_batch, len(self._queue)))]
+            self._running = [item for item in self._running if not item.future.done()]  # the others were given up
             if self._running:
                 self._deliver(self._running, self._encode(self._running))
             self._running = []
@@ -202,7 +202,8 @@ class Batcher:
             return [error if isinstance(error, PatchsightError) else _failed()]
         finished = time.perf_counter()
         self.heartbeat = time.monotonic()
-        self._rate = 0.8 * self._rate + 0.2 * len(batch) / (finished - started) if self._rate else len(batch)
+        rate = len(batch) / (finished - started + 1e-9)
+        self._rate = 0.8 * self._rate + 0.2 * rate if self._rate else rate
         self._on_batch(len(batch))
         return [{name: values[name][i] for name in item.outputs} for i, item in enumerate(batch)]
 

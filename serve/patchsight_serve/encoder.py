@@ -1,4 +1,4 @@
-"""What the server asks of an engine that runs an encoder. ONNX Runtime and the fake satisfy it and pass the same tests."""
+"""What the server asks of an engine that runs an encoder. ONNX Runtime and the fake pass the same tests of it."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol

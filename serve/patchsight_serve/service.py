@@ -11,9 +11,10 @@ from typing import TypeVar
 import numpy as np
 
 from patchsight_serve.batcher import Batcher
+from patchsight_serve.bodies import BodyLimits
 from patchsight_serve.decode import Limits, decode
 from patchsight_serve.encoder import Encoder, Pixels, Values
-from patchsight_serve.errors import DeadlineExceeded, InvalidRequest, NotFound, Overloaded, PatchsightError
+from patchsight_serve.errors import DeadlineExceeded, InvalidRequest, NotFound, NotReady, Overloaded, PatchsightError
 from patchsight_serve.manifest import Manifest
 from patchsight_serve.metrics import Metrics
 from patchsight_serve.settings import ServeSettings
@@ -31,6 +32,7 @@ OUTPUTS = {
     "patch_tokens": "patch_tokens",
 }
 VECTORS = ("embedding", "cls", "mean")
+PROOF_TIMEOUT_S = 5.0
 
 
 def graph_name(output: str, manifest: Manifest) -> str:
@@ -45,10 +47,11 @@ def graph_name(output: str, manifest: Manifest) -> str:
     return name
 
 
-def normalize(vectors: Values) -> Values:
+def to_unit_length(vectors: Values) -> Values:
     """`(..., D)` to length 1 along the last axis; a vector of zeros stays one."""
     length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0)
+    unit: Values = np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0)
+    return unit
 
 
 @dataclass
@@ -59,6 +62,7 @@ class Service:
     batchers: dict[str, Batcher]
     settings: ServeSettings
     limits: Limits  # of one image
+    body_limits: BodyLimits  # of one request
     pool: ThreadPoolExecutor  # decodes and draws; as many threads as `settings.decode_threads`
     metrics: Metrics
     draining: bool = False  # told to stop: not ready any more, but requests are still answered
@@ -74,6 +78,13 @@ class Service:
     def default_encoder(self) -> str:
         """`settings.encoder`, else the first by name."""
         return self.settings.encoder or next(iter(self.encoders))
+
+    async def prove_ready(self) -> None:
+        """Return if requests can be answered right now. Raises NotReady."""
+        if self.draining:
+            raise NotReady("the server is shutting down")
+        proofs = (b.prove(self.settings.ready_age_s, PROOF_TIMEOUT_S) for b in self.batchers.values())
+        await asyncio.gather(*proofs)
 
     async def embed_images(
         self,

@@ -9,9 +9,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from patchsight_serve.bodies import BodyLimits
 from patchsight_serve.config import CommandSettings
-from patchsight_serve.decode import Limits
 
 MEBIBYTE = 1024 * 1024
 Positive = Annotated[int, Field(gt=0)]
@@ -66,16 +64,6 @@ class ServeSettings(CommandSettings):
     def keys(self) -> tuple[str, ...]:
         """The API keys; empty: everybody may call."""
         return tuple(key for key in (k.strip() for k in self.api_keys.get_secret_value().split(",")) if key)
-
-    @property
-    def body_limits(self) -> BodyLimits:
-        """What one request may bring."""
-        return BodyLimits(self.max_body_bytes, self.max_images, self.timeout_s)
-
-    @property
-    def image_limits(self) -> Limits:
-        """What one image may cost."""
-        return Limits(max_bytes=self.max_image_bytes, max_pixels=self.max_pixels)
 
 
 def is_loopback(host: str) -> bool:

@@ -1,0 +1,137 @@
+"""The HTTP application: routes, middleware, and the one place where errors become status codes."""
+
+import logging
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
+
+from patchsight_serve import __version__, embeddings, status
+from patchsight_serve.auth import BearerAuth
+from patchsight_serve.batcher import Batcher
+from patchsight_serve.bodies import BodyLimits
+from patchsight_serve.decode import Limits
+from patchsight_serve.encoder import Encoder
+from patchsight_serve.errors import BundleError, InvalidRequest, NotReady, PatchsightError
+from patchsight_serve.metrics import Metrics
+from patchsight_serve.observe import Observe
+from patchsight_serve.replies import error_reply, json_reply
+from patchsight_serve.schemas import ErrorReply
+from patchsight_serve.service import Service
+from patchsight_serve.settings import ServeSettings
+
+logger = logging.getLogger(__name__)
+WEB = Path(__file__).parent / "web"
+
+DESCRIPTION = """Embeddings, attention and neighbors of images, by encoders that learned without labels.
+
+An error is always `{"error": {"code", "message", "param"}}`. Every reply has an `X-Request-ID`, yours if you send one.
+"""
+
+
+def create_app(encoders: Mapping[str, Encoder], settings: ServeSettings) -> FastAPI:
+    """The application around loaded encoders. Their workers start and end with its lifespan.
+
+    Raises BundleError if `settings.encoder` is not among them.
+    """
+    if settings.encoder is not None and settings.encoder not in encoders:
+        raise BundleError(f"--encoder {settings.encoder!r} is not among the loaded: {', '.join(encoders)}")
+    service = _service(encoders, settings)
+    app = FastAPI(
+        title="patchsight",
+        version=__version__,
+        description=DESCRIPTION,
+        docs_url=None,  # FastAPI's pages load their scripts from elsewhere
+        redoc_url=None,
+        lifespan=_lifespan,
+        middleware=[Middleware(Observe, metrics=service.metrics), Middleware(BearerAuth, keys=settings.keys)],
+        responses={"4XX": {"model": ErrorReply, "description": "The request cannot be answered."}},
+        exception_handlers={
+            PatchsightError: _on_own_error,
+            RequestValidationError: _on_validation_error,
+            HTTPException: _on_http_error,
+        },
+    )
+    app.state.service = service
+    app.include_router(embeddings.router())
+    app.include_router(status.router())
+    app.mount("/static", StaticFiles(directory=WEB), name="static")
+    _document_key(app)
+    return app
+
+
+def _service(encoders: Mapping[str, Encoder], settings: ServeSettings) -> Service:
+    metrics = Metrics()
+    batchers = {}
+    for name, encoder in encoders.items():
+        observe = metrics.batch_size.labels(name).observe
+        batchers[name] = batcher = Batcher(encoder, settings.max_batch, settings.max_queue, on_batch=observe)
+        metrics.watch_queue(name, lambda batcher=batcher: batcher.admitted)  # type: ignore[misc]
+    pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+    return Service(
+        encoders=dict(encoders),
+        batchers=batchers,
+        settings=settings,
+        limits=Limits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_pixels),
+        body_limits=BodyLimits(settings.max_body_bytes, settings.max_images, settings.timeout_s),
+        pool=pool,
+        metrics=metrics,
+    )
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    service: Service = app.state.service
+    async with AsyncExitStack() as stack:
+        stack.callback(service.pool.shutdown, wait=False, cancel_futures=True)
+        for batcher in service.batchers.values():
+            await stack.enter_async_context(batcher)
+        try:
+            await service.prove_ready()  # the first inference is slow: better now than for a user
+        except NotReady as error:
+            logger.error("not ready at start: %s", error)
+        yield
+        service.draining = True
+
+
+async def _on_own_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, PatchsightError)
+    if error.status == 500:
+        logger.error("request %s: %s", request.state.request_id, error)
+    return error_reply(error)
+
+
+async def _on_validation_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"][1:]] or [str(first["loc"][0])]
+    return error_reply(InvalidRequest(f"{'.'.join(path)}: {first['msg']}", ".".join(path)))
+
+
+async def _on_http_error(_: Request, error: Exception) -> Response:
+    """What the framework itself refuses: unknown paths and methods."""
+    assert isinstance(error, HTTPException)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    body = {"code": code, "message": str(error.detail), "param": None}
+    return json_reply({"error": body}, error.status_code, error.headers)
+
+
+def _document_key(app: FastAPI) -> None:
+    """Tell OpenAPI of the API key, which the middleware checks, so that the page offers a field for it."""
+    generate = app.openapi
+
+    def with_key() -> dict[str, Any]:
+        schema = generate()
+        schema.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        schema["security"] = [{}, {"key": []}]
+        return schema
+
+    app.openapi = with_key  # type: ignore[method-assign]

@@ -1,0 +1,171 @@
+"""`POST /embed` and `POST /attention`: images in, numbers or a picture out."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter, Query, Request
+from starlette.responses import Response
+
+from patchsight_serve.bodies import read_images
+from patchsight_serve.decode import fit, open_rgb
+from patchsight_serve.encoder import Pixels, Values
+from patchsight_serve.errors import InvalidRequest, PatchsightError
+from patchsight_serve.heatmap import keep_mass, overlay, shown_crop
+from patchsight_serve.manifest import Manifest
+from patchsight_serve.replies import (
+    JSON,
+    NPY,
+    NPZ,
+    PNG,
+    RAW,
+    array_reply,
+    error_body,
+    identity,
+    json_reply,
+    negotiate,
+    packed,
+)  # fmt: skip
+from patchsight_serve.schemas import IMAGE_ERRORS, AttentionReply, EmbedReply, array_content, image_body
+from patchsight_serve.service import OUTPUTS, VECTORS, Service, graph_name, to_unit_length
+
+EncoderQuery = Annotated[str | None, Query(description="name of the encoder; the default one if left out")]
+
+
+def router() -> APIRouter:
+    """The two routes."""
+    routes = APIRouter(tags=["images"])
+    routes.post(
+        "/embed",
+        summary="Embed images",
+        openapi_extra={"requestBody": image_body(several=True)},
+        responses={200: {"model": EmbedReply, "content": array_content(NPY, NPZ, RAW)}, **IMAGE_ERRORS},
+    )(embed)
+    routes.post(
+        "/attention",
+        summary="Show where the encoder looks",
+        openapi_extra={"requestBody": image_body(several=False)},
+        responses={200: {"model": AttentionReply, "content": array_content(PNG, NPY, RAW)}, **IMAGE_ERRORS},
+    )(attention)
+    return routes
+
+
+async def embed(
+    request: Request,
+    encoder: EncoderQuery = None,
+    outputs: Annotated[
+        str, Query(description=f"comma-separated: {', '.join(OUTPUTS)}", examples=["embedding,attention"])
+    ] = "embedding",
+    normalize: Annotated[bool, Query(description="scale embeddings to length 1")] = True,
+) -> Response:
+    """One result per image, in order.
+
+    A request with one image that fails gets that error's status. With several images the reply is 200, and an image
+    that fails has its error in its place. Binary replies fail as a whole, and `param` names the image.
+    """
+    service: Service = request.app.state.service
+    manifest = service.encoder(encoder).manifest
+    wanted = _names(outputs, manifest)
+    media_type = negotiate(request.headers.get("accept"), (JSON, NPY, NPZ, RAW))
+    if media_type in (NPY, RAW) and len(wanted) > 1:
+        raise InvalidRequest(f"{media_type} holds one output, {len(wanted)} were asked for; {NPZ} holds all", "outputs")
+    images = await read_images(request, service.body_limits)
+    results = await service.embed_images(images, manifest.name, wanted, request.state.timing)
+    failures = {i: _located(r, i) for i, r in enumerate(results) if isinstance(r, PatchsightError)}
+    if failures and (len(results) == 1 or media_type != JSON):
+        raise next(iter(failures.values()))
+    arrays = _stack([r for r in results if not isinstance(r, PatchsightError)], wanted, normalize)
+    if media_type != JSON:
+        return array_reply(arrays, media_type, manifest)
+    return json_reply({"encoder": identity(manifest), "results": _entries(len(results), failures, arrays)})
+
+
+async def attention(
+    request: Request,
+    encoder: EncoderQuery = None,
+    head: Annotated[str, Query(description="number of a head, from 0, or `mean`", examples=["0"])] = "mean",
+    mass: Annotated[
+        float | None, Query(gt=0, le=1, description="keep the strongest patches that hold this share", examples=[0.6])
+    ] = None,
+) -> Response:
+    """PNG of what the encoder saw of the picture, with the last block's attention from CLS to the patches on it.
+
+    Asked for JSON, npy or octet-stream, the map `(h, w)` itself; patches cut away by `mass` are 0.
+    """
+    service: Service = request.app.state.service
+    manifest = service.encoder(encoder).manifest
+    name = graph_name("attention", manifest)
+    number = _head(head, manifest)
+    media_type = negotiate(request.headers.get("accept"), (PNG, JSON, NPY, RAW))
+    images = await read_images(request, replace(service.body_limits, max_images=1))
+
+    def prepare(data: bytes) -> tuple[Pixels, Pixels | None]:
+        picture = open_rgb(data, service.limits)
+        shown = shown_crop(picture, manifest.transform, manifest.outputs[name][-1]) if media_type == PNG else None
+        return fit(picture, manifest.transform), shown
+
+    async with service.admitted(1, manifest.name):
+        (prepared,) = await service.decode_images(images, prepare, request.state.timing)
+        if isinstance(prepared, PatchsightError):
+            raise _located(prepared, 0)
+        pixels, shown = prepared
+        (result,) = await service.infer([pixels], manifest.name, [name], request.state.timing)
+    if isinstance(result, PatchsightError):
+        raise _located(result, 0)
+    heads = result[name]
+    chosen: Values = heads.mean(axis=0) if number is None else heads[number]
+    if mass is not None:
+        chosen = keep_mass(chosen, mass)
+    if shown is not None:
+        loop = asyncio.get_running_loop()
+        png = await loop.run_in_executor(service.pool, overlay, shown, chosen, mass is not None)
+        return Response(png, media_type=PNG)
+    if media_type == JSON:
+        return json_reply({"encoder": identity(manifest), "attention": packed(chosen)})
+    return array_reply({"attention": chosen}, media_type, manifest)
+
+
+def _names(outputs: str, manifest: Manifest) -> list[str]:
+    names = list(dict.fromkeys(name.strip() for name in outputs.split(",")))
+    for name in names:
+        graph_name(name, manifest)
+    return names
+
+
+def _head(head: str, manifest: Manifest) -> int | None:
+    """Number of a head, None for their mean. Raises InvalidRequest."""
+    if head == "mean":
+        return None
+    heads = manifest.num_heads or 0
+    if not (head.isascii() and head.isdigit() and int(head) < heads):
+        raise InvalidRequest(f"head is {head!r}; {manifest.name!r} has heads 0 to {heads - 1}, and `mean`", "head")
+    return int(head)
+
+
+def _located(error: PatchsightError, index: int) -> PatchsightError:
+    error.param = error.param or f"images[{index}]"
+    return error
+
+
+def _stack(results: Sequence[Mapping[str, Values]], outputs: Sequence[str], unit_length: bool) -> dict[str, Values]:
+    """By output, `(N, …)` over the images that went well; nothing if there are none."""
+    if not results:
+        return {}
+    arrays = {output: np.stack([result[output] for result in results]) for output in outputs}
+    return {o: to_unit_length(a) if unit_length and o in VECTORS else a for o, a in arrays.items()}
+
+
+def _entries(count: int, failures: Mapping[int, PatchsightError], arrays: Mapping[str, Values]) -> list[dict[str, Any]]:
+    """The results of the JSON reply: vectors as lists, what has more axes packed."""
+    entries: list[dict[str, Any]] = []
+    row = 0
+    for index in range(count):
+        if index in failures:
+            entries.append({"index": index, "error": error_body(failures[index])})
+            continue
+        values = {o: a[row] if o in VECTORS else packed(a[row]) for o, a in arrays.items()}
+        entries.append({"index": index, **values})
+        row += 1
+    return entries

@@ -1,0 +1,67 @@
+"""The outermost layer of the server: a request's id, its times, its metrics, and the answer when all else failed."""
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from patchsight_serve.errors import PatchsightError
+from patchsight_serve.metrics import Metrics
+from patchsight_serve.replies import error_reply
+from patchsight_serve.timing import Timing
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+CLIENT_GONE = 499  # as nginx writes it; never sent
+
+
+class Observe:
+    """ASGI middleware. Puts `timing` and `request_id` into `request.state`, `X-Request-ID` and `Server-Timing` on the
+    reply, and counts. An exception that nobody handled is logged here, and answered with a bare 500."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Observe one request."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        start = time.perf_counter()
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        timing = Timing()
+        scope.setdefault("state", {}).update(timing=timing, request_id=request_id)
+        status = 0
+
+        async def observed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = request_id
+                if timing.decode:
+                    headers["Server-Timing"] = timing.server_timing()
+            await send(message)
+
+        try:
+            await self.app(scope, receive, observed)
+        except ClientDisconnect:
+            status = CLIENT_GONE
+        except Exception:
+            logger.exception("request %s failed: %s %s", request_id, scope["method"], scope["path"])
+            if status:  # the reply has begun: the connection must break, so that nobody takes it for complete
+                raise
+            await error_reply(PatchsightError("internal error"))(scope, receive, observed)
+        finally:
+            # An unknown path has no route, and is no label: anybody can invent new ones.
+            route = getattr(scope.get("route"), "path", "unknown")
+            method = scope["method"] if route != "unknown" else "any"
+            self.metrics.requests.labels(method, route, str(status or CLIENT_GONE)).inc()
+            self.metrics.duration.labels(route).observe(time.perf_counter() - start)
+        return None

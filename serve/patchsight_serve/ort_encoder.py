@@ -1,0 +1,81 @@
+"""An encoder in this process, run by ONNX Runtime."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from patchsight_serve.encoder import Pixels, Values
+from patchsight_serve.errors import BundleError
+from patchsight_serve.manifest import METADATA_KEY, Manifest, load_manifest
+
+ERROR_SEVERITY = 3
+
+
+class OrtEncoder:
+    """A bundle's graph, loaded and checked against its manifest.
+
+    bundle: the folder `model_repository/<name>`.
+    threads: of one run; None takes one per core.
+    providers: ONNX Runtime's execution providers, best first. Every one of them must be usable.
+
+    Raises:
+        BundleError: the bundle is damaged, its ONNX file says something else than encoder.json, or a provider is
+            missing. ONNX Runtime itself would go on with the next provider, and be slow without saying so.
+    """
+
+    def __init__(
+        self, bundle: Path, threads: int | None = None, providers: Sequence[str] = ("CPUExecutionProvider",)
+    ) -> None:
+        self.manifest: Manifest = load_manifest(bundle)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.log_severity_level = ERROR_SEVERITY
+        # Spinning threads fight with decoding and with the event loop for the cores, and lose.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._session = ort.InferenceSession(
+                (bundle / "1" / "model.onnx").read_bytes(), options, providers=list(providers)
+            )
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            raise BundleError(f"{bundle.name}: ONNX Runtime cannot load 1/model.onnx: {error}") from error
+        if missing := set(providers) - set(self._session.get_providers()):
+            raise BundleError(f"{bundle.name}: ONNX Runtime has no usable {', '.join(sorted(missing))} on this machine")
+        self._check_metadata()
+        self._check_signature()
+
+    def run(self, images: Pixels, outputs: Sequence[str]) -> dict[str, Values]:
+        """As in `Encoder`."""
+        return dict(zip(outputs, self._session.run(list(outputs), {"image": images}), strict=True))
+
+    def _check_metadata(self) -> None:
+        inside = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+        if inside is None:
+            raise BundleError(f"{self.manifest.name}: 1/model.onnx has no metadata {METADATA_KEY!r}; export it again")
+        told, found = json.loads(self.manifest.metadata()), _object(inside)
+        if different := sorted(key for key in told | found if told.get(key) != found.get(key)):
+            key = different[0]
+            raise BundleError(
+                f"{self.manifest.name}: encoder.json says {key} = {told.get(key)!r}, "
+                f"the ONNX file says {found.get(key)!r}"
+            )
+
+    def _check_signature(self) -> None:
+        size = self.manifest.transform.crop
+        inputs = {i.name: (i.type, i.shape[1:]) for i in self._session.get_inputs()}
+        if inputs != {"image": ("tensor(uint8)", [size, size, 3])}:
+            raise BundleError(f"{self.manifest.name}: the graph's input is {inputs}, not uint8 [N, {size}, {size}, 3]")
+        have = {o.name: (o.type, len(o.shape)) for o in self._session.get_outputs()}
+        for name, shape in self.manifest.outputs.items():
+            if have.get(name) != ("tensor(float)", len(shape) + 1):
+                raise BundleError(f"{self.manifest.name}: output {name!r} is {have.get(name)}, not float [N, {shape}]")
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,64 @@
+"""The process: loads the encoders, says what it serves, listens, and leaves without dropping a request."""
+
+import logging
+import signal
+import time
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from patchsight_serve.app import create_app
+from patchsight_serve.repository import load_encoders
+from patchsight_serve.service import Service
+from patchsight_serve.settings import ServeSettings
+
+logger = logging.getLogger(__name__)
+
+
+class Server(uvicorn.Server):
+    """On TERM or INT: /readyz turns 503 at once, listening ends after `drain_delay_s`, and what is in work is
+    finished, within `drain_timeout_s`. A second signal ends the delay; a second INT ends everything."""
+
+    def __init__(self, app: FastAPI, settings: ServeSettings) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=30,
+                timeout_graceful_shutdown=settings.drain_timeout_s,
+            )
+        )
+        self._service: Service = app.state.service
+        self._exit_at = float("inf")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature is a signal handler's
+        """Begin to leave."""
+        again = self._service.draining
+        self._service.draining = True
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self._exit_at = 0.0 if again else time.monotonic() + self._service.settings.drain_delay_s
+
+    async def on_tick(self, counter: int) -> bool:
+        """Asked by uvicorn ten times a second whether to stop listening."""
+        if time.monotonic() >= self._exit_at:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def serve(settings: ServeSettings) -> None:
+    """Serve until told to stop. Raises BundleError if an encoder cannot be loaded."""
+    logger.info("settings\n%s", settings.describe())
+    encoders = load_encoders(settings.model_repository, settings.threads)
+    for encoder in encoders.values():
+        m = encoder.manifest
+        logger.info(
+            "encoder %s: %s %s, %d dimensions, sha256 %.12s, trained on %s; license: %s",
+            m.name, m.objective, m.architecture, m.embedding_dim, m.sha256, m.data, m.license,
+        )  # fmt: skip
+    Server(create_app(encoders, settings), settings).run()

@@ -1,0 +1,98 @@
+"""What the server says about itself: its encoders, whether it is well, its metrics, and its documentation."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.openapi.docs import get_swagger_ui_html
+from starlette.responses import RedirectResponse, Response
+
+from patchsight_serve.encoder import Encoder
+from patchsight_serve.errors import PatchsightError
+from patchsight_serve.replies import json_reply
+from patchsight_serve.schemas import EncoderInfo, EncoderList, ErrorReply
+from patchsight_serve.service import OUTPUTS, Service, graph_name
+
+
+def router() -> APIRouter:
+    """All routes that take nothing and change nothing."""
+    routes = APIRouter()
+    routes.get("/encoders", tags=["encoders"], summary="List the encoders", responses={200: {"model": EncoderList}})(
+        encoders
+    )
+    routes.get("/encoders/{name}", tags=["encoders"], summary="One encoder", responses={200: {"model": EncoderInfo}})(
+        encoder
+    )
+    routes.get("/livez", tags=["health"], summary="Alive")(livez)
+    routes.get(
+        "/readyz",
+        tags=["health"],
+        summary="Able to answer",
+        responses={503: {"model": ErrorReply, "description": "No"}},
+    )(readyz)
+    routes.get("/metrics", tags=["health"], summary="Prometheus metrics")(metrics)
+    routes.get("/docs", include_in_schema=False)(docs)
+    routes.get("/", include_in_schema=False)(home)
+    return routes
+
+
+async def encoders(request: Request) -> Response:
+    """All loaded encoders, by name."""
+    service: Service = request.app.state.service
+    return json_reply({"encoders": [_info(e, service) for e in service.encoders.values()]})
+
+
+async def encoder(request: Request, name: str) -> Response:
+    """One encoder, with its manifest."""
+    service: Service = request.app.state.service
+    return json_reply(_info(service.encoder(name), service))
+
+
+async def livez() -> Response:
+    """The process answers. Says nothing about the encoders: restarting on that is for /readyz to prevent."""
+    return json_reply({"status": "alive"})
+
+
+async def readyz(request: Request) -> Response:
+    """200 if every encoder has run lately, or runs now; 503 if one does not, or the server is shutting down."""
+    await request.app.state.service.prove_ready()
+    return json_reply({"status": "ready"})
+
+
+async def metrics(request: Request) -> Response:
+    """In Prometheus' text format."""
+    service: Service = request.app.state.service
+    return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def docs() -> Response:
+    """Swagger UI, from this server's own files."""
+    return get_swagger_ui_html(
+        openapi_url="openapi.json",
+        title="patchsight",
+        swagger_js_url="static/swagger/swagger-ui-bundle.js",
+        swagger_css_url="static/swagger/swagger-ui.css",
+        swagger_favicon_url="static/swagger/favicon-32x32.png",
+        swagger_ui_parameters={"validatorUrl": None, "tryItOutEnabled": True},  # the validator is a stranger's server
+    )
+
+
+async def home() -> Response:
+    """To the documentation."""
+    return RedirectResponse("docs")
+
+
+def _info(encoder: Encoder, service: Service) -> dict[str, Any]:
+    manifest = encoder.manifest
+    outputs = {}
+    for name in OUTPUTS:
+        try:
+            outputs[name] = manifest.outputs[graph_name(name, manifest)]
+        except PatchsightError:
+            continue  # a ResNet has no attention
+    return {
+        "name": manifest.name,
+        "sha256": manifest.sha256,
+        "default": manifest.name == service.default_encoder,
+        "outputs": outputs,
+        "manifest": manifest.model_dump(),
+    }
