@@ -1,0 +1,107 @@
+"""What an exported encoder promises: the contract between export (the writer) and serve (the reader).
+
+A bundle is `model_repository/<name>/{config.pbtxt, encoder.json, 1/model.onnx}`. Its identity is its name and the
+sha256 of `1/model.onnx`. Everything that determines the numbers also stands in the ONNX file's own metadata under
+`METADATA_KEY`, so that a lone file explains itself.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from patchsight_serve.errors import BundleError
+
+METADATA_KEY = "patchsight"
+BUNDLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Transform(BaseModel):
+    """The evaluation transform, from encoded image bytes to the uint8 array `(crop, crop, 3)` the graph takes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    decoder: Literal["pillow"] = "pillow"
+    resize: Positive  # pixels of the shorter side, before the crop
+    filter: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
+    antialias: Literal[True] = True  # Pillow's resampling always is
+    crop: Positive  # pixels of the central square
+
+
+class Manifest(BaseModel):
+    """`encoder.json`. `sha256` and `measured` are not in the ONNX file's metadata: the first cannot be, the second
+    may be filled in later."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, Field(pattern=f"^{BUNDLE_NAME.pattern}$")]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    objective: str
+    architecture: str
+    parameters: Positive
+    image_size: Positive
+    patch_size: Positive | None
+    embedding_dim: Positive
+    num_heads: Positive | None
+    prefix_tokens: Annotated[int, Field(ge=0)]  # CLS and registers, in front of the patch tokens
+    recommended: Literal["cls", "mean"]
+    transform: Transform
+    data: str
+    recipe: str
+    commit: str
+    license: str
+    measured: dict[str, Any] = {}
+
+    @property
+    def outputs(self) -> dict[str, tuple[int, ...]]:
+        """Names of the graph's outputs and their shapes without the batch axis; ResNets have `mean_embedding` alone."""
+        D = self.embedding_dim
+        if self.patch_size is None or self.num_heads is None:
+            return {"mean_embedding": (D,)}
+        side = self.image_size // self.patch_size
+        return {
+            "cls_embedding": (D,),
+            "mean_embedding": (D,),
+            "attention": (self.num_heads, side, side),
+            "patch_tokens": (side, side, D),
+        }
+
+    def metadata(self) -> str:
+        """The part that travels inside the ONNX file, as canonical JSON."""
+        fields = self.model_dump(exclude={"name", "sha256", "measured"})
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_manifest(bundle: Path) -> Manifest:
+    """Read and check `bundle/encoder.json` against the folder's name and the bytes of `1/model.onnx`.
+
+    Raises:
+        BundleError: a file is missing, the JSON does not fit the schema, or the name or the sha256 differs.
+    """
+    path, model = bundle / "encoder.json", bundle / "1" / "model.onnx"
+    for needed in (path, model):
+        if not needed.is_file():
+            raise BundleError(f"{bundle.name}: {needed.relative_to(bundle)} is missing; export the encoder again")
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise BundleError(f"{path}: {where}: {first['msg']}") from error
+    if manifest.name != bundle.name:
+        raise BundleError(f"{path}: names {manifest.name!r}, but its folder is {bundle.name!r}")
+    actual = sha256_of(model)
+    if actual != manifest.sha256:
+        raise BundleError(f"{model}: sha256 is {actual}, encoder.json says {manifest.sha256}; the file was changed")
+    return manifest

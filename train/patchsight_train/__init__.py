@@ -1,0 +1,5 @@
+"""Training: self-supervised image encoders from pictures nobody labelled.
+
+The way through: `data` (images to one uint8 tensor) → `views` (augmentations) → `mae` | `simclr` | `dino` (views to a
+loss) → `loop` (steps, metrics, checkpoints) → a run folder, which export reads.
+"""

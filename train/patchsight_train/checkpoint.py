@@ -1,0 +1,122 @@
+"""Checkpoints that survive `kill -9`: safetensors and JSON, never a pickle.
+
+A checkpoint is `checkpoints/<step>/{model.safetensors, optimizer.safetensors, state.json}`. It is written in a folder
+beside, every file is fsynced, and the folder renamed: what has its final name is complete. The newest two are kept.
+Random numbers need no saving: every generator in training is seeded by (seed, step).
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from patchsight_serve.errors import InvalidRequest
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+KEPT = 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """model: every parameter and buffer by name. optimizer: `<parameter>|<state>` by name. step: updates done."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    step: int
+
+
+def save(run: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write `checkpoints/<step>` so that it is there whole or not at all; then drop all but the newest two."""
+    folder = run / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    partial, final = folder / f".{step}.partial", folder / str(step)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, partial / "model.safetensors")
+    save_file(_optimizer_tensors(module, optimizer), partial / "optimizer.safetensors")
+    (partial / "state.json").write_text(json.dumps({"step": step}))
+    for path in [*partial.iterdir(), partial]:
+        _fsync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    _fsync(folder)
+    for old in complete(run)[:-KEPT]:
+        shutil.rmtree(folder / str(old))
+
+
+def complete(run: Path) -> list[int]:
+    """Steps of the complete checkpoints, oldest first."""
+    folder = run / "checkpoints"
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
+def load(run: Path, step: int | None = None) -> Checkpoint:
+    """The newest complete checkpoint, or that of `step`.
+
+    Raises:
+        InvalidRequest: there is none.
+    """
+    steps = complete(run)
+    if not steps or (step is not None and step not in steps):
+        raise InvalidRequest(f"{run}: no checkpoint{'' if step is None else f' of step {step}'}; there are {steps}")
+    folder = run / "checkpoints" / str(steps[-1] if step is None else step)
+    state = json.loads((folder / "state.json").read_text())
+    return Checkpoint(
+        load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors"), state["step"]
+    )
+
+
+def restore(checkpoint: Checkpoint, module: nn.Module, optimizer: torch.optim.Optimizer, run: Path) -> None:
+    """Put a checkpoint back into a module and its optimizer.
+
+    Raises:
+        InvalidRequest: the checkpoint is of another architecture; the first differences are named.
+    """
+    wanted, found = module.state_dict(), checkpoint.model
+    wrong = [f"{k} is missing" for k in wanted.keys() - found.keys()]
+    wrong += [f"{k} is unknown" for k in found.keys() - wanted.keys()]
+    wrong += [
+        f"{k} is {tuple(found[k].shape)} instead of {tuple(wanted[k].shape)}"
+        for k in wanted.keys() & found.keys()
+        if found[k].shape != wanted[k].shape
+    ]
+    if wrong:
+        shown = "; ".join(sorted(wrong)[:3])
+        raise InvalidRequest(
+            f"{run}: its checkpoint is of another architecture ({len(wrong)} differences: {shown}); "
+            f"choose another --run, or the settings in {run / 'config.toml'}"
+        )
+    module.load_state_dict(found)
+    _restore_optimizer(module, optimizer, checkpoint.optimizer)
+
+
+def _optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    names = {p: n for n, p in module.named_parameters()}
+    return {
+        f"{names[p]}|{key}": value.detach().cpu().contiguous()
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def _restore_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    parameters = dict(module.named_parameters())
+    states: dict[str, dict[str, Any]] = {}
+    for name, value in tensors.items():
+        parameter, key = name.split("|")
+        device = "cpu" if key == "step" and not parameters[parameter].is_cuda else parameters[parameter].device
+        states.setdefault(parameter, {})[key] = value.to(device)
+    for name, state in states.items():
+        optimizer.state[parameters[name]] = state
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,75 @@
+"""k-NN while training: how good are the embeddings right now? DINO's protocol (arXiv:2104.14294, section 4.1), in torch.
+
+The server's `patchsight_serve.knn` says the same in FAISS and numpy, for millions; a test holds the two equal.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchsight_train.data import Images
+from patchsight_train.views import eval_view
+from patchsight_train.vit import ViT
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Labelled images to judge by: `gallery` is searched, `queries` are classified. Pixels uint8 `(N, 3, S, S)`."""
+
+    gallery: Images
+    queries: Images
+
+    def accuracy(self, encoder: ViT, pooling: str, device: torch.device, k: int = 20) -> float:
+        """Share of the queries, 0..1, that the k nearest gallery images classify rightly."""
+        assert self.gallery.labels is not None
+        assert self.queries.labels is not None
+        gallery = embed(encoder, self.gallery.pixels, pooling, device)
+        queries = embed(encoder, self.queries.pixels, pooling, device)
+        predicted = knn_predict(gallery, self.gallery.labels, queries, min(k, len(gallery)))
+        return (predicted == self.queries.labels).float().mean().item()
+
+
+def split_probe(train: Images, test: Images | None, most_gallery: int, most_queries: int) -> Probe | None:
+    """Queries are the test images, or every tenth training image; None where there are no labels to judge by."""
+    if train.labels is None:
+        return None
+    if test is not None and test.labels is not None:
+        gallery, queries = train, test
+    else:
+        tenth = torch.arange(len(train)) % 10 == 9
+        if not tenth.any():
+            return None
+        gallery, queries = (Images(train.pixels[m], train.labels[m]) for m in (~tenth, tenth))
+    return Probe(_first(gallery, most_gallery), _first(queries, most_queries))
+
+
+def _first(images: Images, n: int) -> Images:
+    return Images(images.pixels[:n], None if images.labels is None else images.labels[:n])
+
+
+@torch.no_grad()
+def embed(encoder: ViT, pixels: Tensor, pooling: str, device: torch.device, batch: int = 512) -> Tensor:
+    """uint8 `(N, 3, S, S)` to L2-normalized float32 `(N, D)` on the CPU. `pooling`: "cls", or "mean" of the patches."""
+    was_training = encoder.training
+    encoder.eval()
+    P = encoder.config.prefix_tokens
+    parts = []
+    for chunk in pixels.split(batch):
+        tokens = encoder(eval_view(chunk.to(device)))
+        pooled = tokens[:, 0] if pooling == "cls" else tokens[:, P:].mean(dim=1)
+        parts.append(F.normalize(pooled.float(), dim=1).cpu())
+    encoder.train(was_training)
+    return torch.cat(parts)
+
+
+def knn_predict(gallery: Tensor, labels: Tensor, queries: Tensor, k: int, temperature: float = 0.07) -> Tensor:
+    """Classes int64 `(Q,)`: each of the k most similar votes exp(similarity / temperature), ties by the lower class."""
+    classes = int(labels.max()) + 1
+    predicted = []
+    for chunk in queries.split(1024):
+        similarity, index = (chunk @ gallery.T).topk(k, dim=1)
+        votes = torch.zeros(len(chunk), classes).scatter_add_(1, labels[index], (similarity / temperature).exp())
+        predicted.append(votes.argmax(dim=1))
+    return torch.cat(predicted)
