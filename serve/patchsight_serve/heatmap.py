@@ -63,13 +63,14 @@ def shown_crop(picture: Image.Image, transform: Transform, grid: int) -> Pixels:
 
 
 def overlay(picture: Pixels, attention: Values, thresholded: bool = False) -> bytes:
-    """PNG of the picture `(S, S, 3)` with the map `(h, w)` over it; its strongest patch is the brightest.
+    """PNG of the picture `(S, S, 3)` with the map `(h, w)` over it.
 
-    Where attention is low the picture is dimmed, so that what the encoder looks at stands out. `thresholded`: patches
-    of attention 0 were cut away; they show the picture in gray, with hard edges.
+    The weakest patch has the darkest color and the strongest the brightest, however little they differ. `thresholded`:
+    patches of attention 0 were cut away; they show the picture in gray, with hard edges.
     """
     S = len(picture)
-    value = attention / max(float(attention.max()), 1e-12)
+    low, high = float(attention.min()), float(attention.max())
+    value = (attention - low) / max(high - low, 1e-12)
     smooth = Image.fromarray(value.astype(np.float32)).resize((S, S), Image.Resampling.BICUBIC)
     heat = np.clip(np.asarray(smooth), 0.0, 1.0)[..., None]  # (S, S, 1), 0..1
     colors = COLORS[(255.0 * heat[..., 0]).astype(np.uint8)].astype(np.float32)
