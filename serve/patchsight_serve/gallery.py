@@ -86,8 +86,9 @@ class Gallery:
         An image that is there already keeps its label and metadata, unless `replace` is set. facts: stored with the
         images, or not at all. Raises Conflict (another encoder) and StorageFull; then nothing was stored.
         """
-        if not images:
-            return []
+        facts = dict(facts or {})
+        if images:
+            facts["encoder"] = orjson.dumps(encoder._asdict()).decode()
         outcome: list[bool | PatchsightError] = []
         fresh: dict[int, F32] = {}
         gone: set[int] = set()
@@ -96,7 +97,7 @@ class Gallery:
             known = self._record.find([image.item.id for image in images])
             latest = {id: (row.key, row.sha256) for id, row in known.items() if row.intact}
             with self._record.transaction():
-                for name, value in {**(facts or {}), "encoder": orjson.dumps(encoder._asdict()).decode()}.items():
+                for name, value in facts.items():
                     self._record.set_fact(name, value)
                 for image in images:
                     id, sha256 = image.item.id, hashlib.sha256(image.data).hexdigest()
@@ -112,7 +113,7 @@ class Gallery:
                     fresh[key] = image.vector
                     outcome.append(id not in latest)
                     latest[id] = key, sha256
-            self._encoder = encoder
+            self._encoder = encoder if images else self._encoder
             self._index.change({key: vector for key, vector in fresh.items() if key not in gone}, gone)
             self.damaged = [id for id in self.damaged if id not in latest]
         return outcome

@@ -1,0 +1,147 @@
+"""The shapes of the gallery's requests and replies, for the OpenAPI page."""
+
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from patchsight_serve.schemas import EncoderName, ErrorBody
+
+
+class GalleryInfo(BaseModel):
+    """A gallery as a whole."""
+
+    gallery: str
+    count: int = Field(description="indexed images")
+    encoder: EncoderName | None = Field(description="the encoder it is bound to; null while it is empty")
+    damaged: list[str] = Field(description="ids whose rows failed their checksum and are left out; add them again")
+    galleries: list[str] = Field(description="names of all galleries")
+
+
+class AddedImage(BaseModel):
+    """One image's outcome: its id, or its error."""
+
+    index: int
+    id: str | None = None
+    created: bool | None = Field(None, description="false if an image of this id was there before")
+    error: ErrorBody | None = None
+
+
+class AddReply(BaseModel):
+    """One result per image, in order."""
+
+    results: list[AddedImage]
+
+
+class GalleryImage(BaseModel):
+    """An indexed image."""
+
+    id: str
+    label: str | None
+    metadata: dict[str, Any]
+    sha256: str = Field(description="of the encoded image")
+
+
+class ImagePage(BaseModel):
+    """Images in the order of their ids."""
+
+    images: list[GalleryImage]
+    next_cursor: str | None = Field(description="pass it as `cursor` for the next page; null at the end")
+
+
+class NeighborImage(BaseModel):
+    """A found image."""
+
+    id: str
+    score: float = Field(description="cosine similarity, -1 to 1")
+    label: str | None
+    metadata: dict[str, Any]
+
+
+class Vote(BaseModel):
+    """The class that the labelled neighbors vote for, with weight exp(score / 0.07)."""
+
+    label: str | None = Field(description="null if no neighbor has a label; of equal ones the first by alphabet")
+    confidence: float = Field(description="its share of all weights, 0 to 1")
+
+
+class NeighborsReply(BaseModel):
+    """Neighbors, best first, equal scores in the order of their ids."""
+
+    encoder: EncoderName | None = Field(description="null if the gallery is empty and nothing was embedded")
+    neighbors: list[NeighborImage]
+    vote: Vote | None = Field(None, description="only if asked for")
+
+
+_IMAGE: dict[str, Any] = {"type": "string", "format": "binary"}
+_DESCRIPTION: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        "id": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,128}$"},
+        "label": {"type": ["string", "null"]},
+        "metadata": {"type": "object"},
+    },
+}
+
+ADD_BODY: dict[str, Any] = {
+    "required": True,
+    "description": "A raw body is one image, described by the query; a form carries several.",
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["images"],
+                "properties": {
+                    "images": {"type": "array", "minItems": 1, "items": _IMAGE},
+                    "items": {
+                        "type": "string",
+                        "description": 'JSON, one object per image: [{"id", "label", "metadata"}, …], each optional',
+                    },
+                },
+            }
+        },
+        "image/*": {"schema": _IMAGE},
+        "application/octet-stream": {"schema": _IMAGE},
+    },
+}
+PATCH_BODY: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "additionalProperties": False,
+                "properties": {k: v for k, v in _DESCRIPTION["properties"].items() if k != "id"},
+            },
+            "example": {"label": "dress", "metadata": {"path": "dress/1.jpg"}},
+        }
+    },
+}
+_VECTOR = {"type": "array", "items": {"type": "number"}}
+NEIGHBORS_BODY: dict[str, Any] = {
+    "required": True,
+    "description": "One image, or JSON: the mean of the images `ids` and the `vectors`, less the mean of `negative`.",
+    "content": {
+        "image/*": {"schema": _IMAGE},
+        "application/octet-stream": {"schema": _IMAGE},
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["images"],
+                "properties": {"images": {"type": "array", "minItems": 1, "maxItems": 1, "items": _IMAGE}},
+            }
+        },
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "additionalProperties": False,
+                "properties": {
+                    "ids": {"type": "array", "items": {"type": "string"}},
+                    "vectors": {"type": "array", "items": _VECTOR},
+                    "negative": {"type": "array", "items": {"anyOf": [{"type": "string"}, _VECTOR]}},
+                },
+            },
+            "example": {"ids": ["dress-1", "dress-2"], "negative": ["hat-1"]},
+        },
+    },
+}

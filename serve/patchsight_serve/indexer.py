@@ -1,0 +1,126 @@
+"""From encoded images to a gallery: skip what is there, embed the rest, add it durably."""
+
+import asyncio
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from patchsight_serve.decode import open_rgb
+from patchsight_serve.encoder import Values
+from patchsight_serve.errors import Conflict, InvalidRequest, PatchsightError
+from patchsight_serve.gallery import Gallery
+from patchsight_serve.item import Identity, Item, NewImage
+from patchsight_serve.nearest import normalize
+from patchsight_serve.service import Service
+from patchsight_serve.timing import Timing
+
+THUMBNAIL_SIDE = 160  # pixels of the longer side, at most
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An encoded image and what is said about it."""
+
+    data: bytes
+    item: Item
+
+
+@dataclass(frozen=True)
+class Added:
+    """An image that is in the gallery now; `created` is False if its id was there before."""
+
+    id: str
+    created: bool
+
+
+def default_id(data: bytes) -> str:
+    """The id of an image that was given none: the same bytes have the same one."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def encoder_of(service: Service, gallery: Gallery | None, name: str | None) -> Identity:
+    """The encoder for a gallery: the one asked for, else the one the gallery is bound to, else the default one.
+
+    Raises Conflict if it is not the one that the gallery is bound to, NotFound.
+    """
+    bound = gallery.encoder if gallery else None
+    if name is None and bound is not None and bound.name not in service.encoders:
+        raise Conflict(
+            f"the gallery needs encoder {bound.name!r} (sha256 {bound.sha256}), which is not loaded", "encoder"
+        )
+    manifest = service.encoder(name or (bound.name if bound else None)).manifest
+    identity = Identity(manifest.name, manifest.sha256)
+    if gallery:
+        gallery.require(identity)
+    return identity
+
+
+async def index_images(
+    service: Service,
+    gallery: Gallery,
+    encoder: Identity,
+    uploads: Sequence[Upload | PatchsightError],
+    replace: bool = False,
+    facts: dict[str, str] | None = None,
+    timing: Timing | None = None,
+) -> list[Added | PatchsightError]:
+    """Add images to a gallery; one result for each, in order. An image that cannot be added harms no other.
+
+    uploads: an error in the place of an image stays in its place. replace, facts: as in `Gallery.add`.
+
+    Raises for the request as a whole: Conflict (another encoder), StorageFull, and what `Service.embed_images` raises.
+    """
+    results: list[Added | PatchsightError | None] = [u if isinstance(u, PatchsightError) else None for u in uploads]
+    waiting = [(i, u) for i, u in enumerate(uploads) if isinstance(u, Upload)]
+    if not replace:
+        digests = [(u.item.id, hashlib.sha256(u.data).hexdigest()) for _, u in waiting]
+        held = await asyncio.to_thread(gallery.holds, digests)
+        for (i, upload), there in zip(waiting, held, strict=True):
+            results[i] = Added(upload.item.id, False) if there else None
+        waiting = [pair for pair, there in zip(waiting, held, strict=True) if not there]
+    if waiting:
+        blobs = [upload.data for _, upload in waiting]
+        embedded = await service.embed_images(blobs, encoder.name, ("embedding",), timing)
+        thumbnails = await service.decode_images(
+            [e if isinstance(e, PatchsightError) else blob for blob, e in zip(blobs, embedded, strict=True)],
+            lambda data: thumbnail(data, service),
+        )
+        images: list[tuple[int, NewImage]] = []
+        for (i, upload), values, picture in zip(waiting, embedded, thumbnails, strict=True):
+            made = _new_image(upload, values, picture)
+            if isinstance(made, NewImage):
+                images.append((i, made))
+            else:
+                results[i] = made
+        added = await asyncio.to_thread(gallery.add, [image for _, image in images], encoder, replace, facts)
+        for (i, image), outcome in zip(images, added, strict=True):
+            results[i] = outcome if isinstance(outcome, PatchsightError) else Added(image.item.id, outcome)
+    elif facts:
+        await asyncio.to_thread(gallery.add, [], encoder, replace, facts)
+    return [result for result in results if result is not None]
+
+
+def _new_image(
+    upload: Upload, values: dict[str, Values] | PatchsightError, picture: bytes | PatchsightError
+) -> NewImage | PatchsightError:
+    if isinstance(values, PatchsightError):
+        return values
+    if isinstance(picture, PatchsightError):
+        return picture
+    try:
+        return NewImage(upload.item, upload.data, picture, normalize(values["embedding"]))
+    except InvalidRequest:
+        # Not the sender's fault: the image was fine, the encoder's numbers are not.
+        return PatchsightError("the encoder's embedding of this image is NaN, infinite or of length 0")
+
+
+def thumbnail(data: bytes, service: Service) -> bytes:
+    """JPEG of at most 160 pixels. Raises the errors of `decode`."""
+    picture = open_rgb(data, service.limits)
+    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=85)
+    return file.getvalue()
