@@ -14,16 +14,18 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
-from patchsight_serve import __version__, embeddings, status
+from patchsight_serve import __version__, embeddings, galleries, neighbors, status
 from patchsight_serve.auth import BearerAuth
 from patchsight_serve.batcher import Batcher
 from patchsight_serve.bodies import BodyLimits
+from patchsight_serve.collection import Galleries
 from patchsight_serve.decode import Limits
 from patchsight_serve.encoder import Encoder
 from patchsight_serve.errors import BundleError, InvalidRequest, NotReady, PatchsightError
 from patchsight_serve.metrics import Metrics
 from patchsight_serve.observe import Observe
 from patchsight_serve.replies import error_reply, json_reply
+from patchsight_serve.sample_gallery import sampling
 from patchsight_serve.schemas import ErrorReply
 from patchsight_serve.service import Service
 from patchsight_serve.settings import ServeSettings
@@ -61,7 +63,10 @@ def create_app(encoders: Mapping[str, Encoder], settings: ServeSettings) -> Fast
         },
     )
     app.state.service = service
+    app.state.galleries = Galleries(settings.state_dir / "galleries", settings.keep_originals)
     app.include_router(embeddings.router())
+    app.include_router(galleries.router())
+    app.include_router(neighbors.router())
     app.include_router(status.router())
     app.mount("/static", StaticFiles(directory=WEB), name="static")
     _document_key(app)
@@ -98,6 +103,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             await service.prove_ready()  # the first inference is slow: better now than for a user
         except NotReady as error:
             logger.error("not ready at start: %s", error)
+        stack.callback(app.state.galleries.close)
+        if service.settings.sample_gallery:
+            await stack.enter_async_context(sampling(service, app.state.galleries))
         yield
         service.draining = True
 
