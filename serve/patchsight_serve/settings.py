@@ -26,7 +26,7 @@ class ServeSettings(CommandSettings):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     model_repository: Path = Field(Path("model_repository"), description="folder with one encoder bundle per subfolder")
     state_dir: Path = Field(Path("state"), description="folder that holds the galleries")
-    keep_originals: bool = Field(True, description="keep the encoded images in the galleries, to embed them again later")
+    keep_originals: bool = Field(True, description="keep the encoded images in the galleries, for later encoders")
     sample_gallery: bool = Field(True, description="index the sample photos into a default gallery that is new")
     encoder: str | None = Field(None, description="the encoder of requests that name none (default: the first by name)")
 
