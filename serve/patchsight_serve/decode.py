@@ -31,6 +31,7 @@ _BROKEN = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error,
     OverflowError, ZeroDivisionError, AttributeError, RuntimeError, NotImplementedError, MemoryError,
 )  # fmt: skip
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -59,6 +60,11 @@ class Limits:
     max_side: int = 65_500
 
 
+def _begins_like_ours(data: bytes) -> bool:
+    """The first bytes are those of a format we read, so that what follows is damaged, not foreign."""
+    return data.startswith(_MAGIC) or (data[:4], data[8:12]) == (b"RIFF", b"WEBP") or data[4:12] == b"ftypavif"
+
+
 def _heif_formats() -> tuple[str, ...]:
     """HEIC is read where the extra `heif` is installed."""
     try:
@@ -83,6 +89,8 @@ def _open(data: bytes, limits: Limits) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS + _HEIF)
     except UnidentifiedImageError:
+        if _begins_like_ours(data):
+            raise DamagedImage("the image's header cannot be read") from None
         raise UnsupportedImage(f"not an image format we read; they are {', '.join(FORMATS)}") from None
     except _BROKEN as error:
         raise DamagedImage(f"the image's header cannot be read: {error}") from None
@@ -104,8 +112,8 @@ def _gray_to_8_bit(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         finite = values[np.isfinite(values)]
         low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-        scaled = (values.astype(np.float64) - low) * (65535.0 / (high - low) if high > low else 0.0)
-        values = np.nan_to_num(scaled, nan=0.0, posinf=65535.0, neginf=0.0)
+        known = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
+        values = np.rint((known - low) * (65535.0 / (high - low) if high > low else 0.0))
     table = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # nearest of 0..255, where 65535 is 255
     return Image.fromarray(table[np.clip(values, 0, 65535).astype(np.uint16)])
 
