@@ -99,14 +99,16 @@ async def read_multipart(request: Request, limits: BodyLimits) -> Multipart:
         raise InvalidRequest(f"the multipart body is malformed: {error}") from None
     images: list[bytes] = []
     fields: dict[str, str] = {}
-    for name, value in form.multi_items():
-        if isinstance(value, str):
-            fields[name] = value
-        elif name == FIELD:
-            images.append(await value.read())
-        else:
-            raise InvalidRequest(f"the form has a file in the field {name!r}; files belong in {FIELD!r}", name)
-    await form.close()
+    try:
+        for name, value in form.multi_items():
+            if isinstance(value, str):
+                fields[name] = value
+            elif name == FIELD:
+                images.append(await value.read())
+            else:
+                raise InvalidRequest(f"the form has a file in the field {name!r}; files belong in {FIELD!r}", name)
+    finally:
+        await form.close()
     return Multipart(images, fields)
 
 
