@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from patchsight_serve.errors import InvalidRequest
-
 from patchsight_train.settings import TrainSettings
 
 # May differ between the first start and a later one: they do not change the numbers.
@@ -40,7 +39,11 @@ def open_run(run: Path, config: dict[str, Any]) -> None:
     path = run / "config.toml"
     if not path.exists():
         run.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in config.items()))
+        partial = path.with_suffix(".partial")
+        partial.write_text(
+            "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in config.items())
+        )
+        partial.replace(path)
         return
     before = read_config(run)
     fixed = (before.keys() | config.keys()) - _FREE - {"commit", "patchsight", "torch"}
@@ -71,7 +74,7 @@ class Metrics:
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(kept))
         partial.replace(self.path)
-        self.file = self.path.open("a")
+        self.file = self.path.open("a", buffering=1)  # a line at a time, so that it can be followed
 
     def _lines(self) -> list[str]:
         if not self.path.exists():
@@ -99,6 +102,7 @@ def commit() -> str:
         return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # a wheel may be installed inside of another's tree
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -1,0 +1,52 @@
+# Everything needs only python3 (3.11 or newer), make and a package index; uv is bootstrapped where it is missing.
+SHELL := /bin/bash
+PYTHON ?= python3
+UV := $(shell command -v uv || echo .uv/bin/uv)
+export UV_PYTHON_DOWNLOADS := never
+
+.PHONY: serve test check acceptance bench lock clean
+
+serve: .serve-venv/.built ## the server with the shipped encoders and a sample gallery, on http://127.0.0.1:8000
+	.serve-venv/bin/patchsight-serve
+
+test: .venv/.built ## every test, in under 12 minutes on 2 cores
+	.venv/bin/python -m pytest -m "not acceptance"
+
+check: .venv/.built ## lint, types, import directions
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+acceptance: .venv/.built ## the same suites at full counts, and every command of README and docs
+	.venv/bin/python -m pytest --durations=15
+
+bench: .venv/.built ## each figure of the README, into benchmarks/results/
+	for script in benchmarks/[a-z]*.py; do .venv/bin/python $$script || exit 1; done
+
+lock: $(UV) ## resolve anew: one lock for every extra
+	$(UV) pip compile --quiet --upgrade --universal --generate-hashes --all-extras --group test -p 3.11 \
+	    pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf .venv .serve-venv .uv dist
+
+# The serving environment: the base install at the locked versions, without torch.
+.serve-venv/.built: pyproject.toml requirements.lock | $(UV)
+	$(UV) venv --quiet --allow-existing --python $(PYTHON) .serve-venv
+	$(UV) pip compile --quiet --generate-hashes --constraints requirements.lock --python .serve-venv/bin/python \
+	    pyproject.toml -o .serve-venv/requirements.txt
+	$(UV) pip sync --quiet --require-hashes --python .serve-venv/bin/python .serve-venv/requirements.txt
+	$(UV) pip install --quiet --no-deps --python .serve-venv/bin/python --editable .
+	touch $@
+
+# The full environment: everything in the lock.
+.venv/.built: pyproject.toml requirements.lock | $(UV)
+	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv
+	$(UV) pip sync --quiet --require-hashes --python .venv/bin/python requirements.lock
+	$(UV) pip install --quiet --no-deps --python .venv/bin/python --editable .
+	touch $@
+
+.uv/bin/uv:
+	$(PYTHON) -m venv .uv
+	.uv/bin/pip install --quiet uv
