@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from patchsight_serve.config import fail
 from patchsight_serve.errors import PatchsightError
-
 from patchsight_train.settings import SETTINGS, DINOSettings, MAESettings, SimCLRSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -52,7 +51,12 @@ def train(settings: TrainSettings) -> Path:
 
     console = Console()
     run = settings.run or Path("runs") / settings.objective
-    console.print(f"patchsight-train {settings.objective} → {run}\n{settings.describe()}", highlight=False)
+    console.print(
+        f"patchsight-train {settings.objective} → {run}\n{settings.describe()}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     if settings.threads:
         torch.set_num_threads(settings.threads)
     images = load_images(settings.data, settings.image_size, settings.limit, console)

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from patchsight_serve.errors import InvalidRequest
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from patchsight_serve.errors import InvalidRequest
 
 KEPT = 2
 
@@ -33,7 +34,9 @@ def save(run: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimiz
     """Write `checkpoints/<step>` so that it is there whole or not at all; then drop all but the newest two."""
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    partial, final = folder / f".{step}.partial", folder / str(step)
+    partial, final = folder / ".partial", folder / str(step)
+    if final.exists():  # complete, and equal: a step's outcome is determined
+        return
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, partial / "model.safetensors")
@@ -41,7 +44,6 @@ def save(run: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimiz
     (partial / "state.json").write_text(json.dumps({"step": step}))
     for path in [*partial.iterdir(), partial]:
         _fsync(path)
-    shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     _fsync(folder)
     for old in complete(run)[:-KEPT]:
@@ -95,11 +97,11 @@ def restore(checkpoint: Checkpoint, module: nn.Module, optimizer: torch.optim.Op
 
 
 def _optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names = {p: n for n, p in module.named_parameters()}
     return {
-        f"{names[p]}|{key}": value.detach().cpu().contiguous()
-        for p, state in optimizer.state.items()
-        for key, value in state.items()
+        f"{name}|{key}": value.detach().cpu().contiguous()
+        for name, parameter in module.named_parameters()
+        if parameter in optimizer.state  # a frozen one has no state yet
+        for key, value in optimizer.state[parameter].items()
     }
 
 

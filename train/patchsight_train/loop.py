@@ -5,14 +5,17 @@ It knows no objective by name. A step's randomness comes from (seed, step) alone
 """
 
 import math
+import signal
 import time
 from pathlib import Path
+from typing import Self
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Generator, Tensor, nn
 
+from patchsight_serve.errors import InvalidRequest
 from patchsight_train import checkpoint
 from patchsight_train.data import Images
 from patchsight_train.objective import Objective
@@ -45,26 +48,25 @@ class Trainer:
             console.print(f"resuming at step {self.step:,} of {self.total_steps:,}")
 
     def train(self) -> None:
-        """Run to the last step. Ctrl-C writes a checkpoint before it ends the run."""
+        """Run to the last step. After Ctrl-C the step is finished and a checkpoint written, then KeyboardInterrupt."""
         self.metrics = Metrics(self.run, self.step)
         columns = (
             TextColumn("{task.fields[epoch]}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"),
             TimeRemainingColumn(),
         )  # fmt: skip
         try:
-            with Progress(*columns, console=self.console) as bar:
+            with Progress(*columns, console=self.console) as bar, CtrlC() as stop:
                 task = bar.add_task("", total=self.total_steps, completed=self.step, epoch="", state="")
-                while self.step < self.total_steps:
+                while self.step < self.total_steps and not stop.asked:
                     self.one_step(bar, task)
-                    if self.step % self.settings.checkpoint_every == 0 and self.step < self.total_steps:
+                    if self.step % self.settings.checkpoint_every == 0:
                         self.save()
-            self.save()
-        except KeyboardInterrupt:
-            self.save()
-            self.console.print(f"stopped at step {self.step:,}; the same command goes on from there")
-            raise
+                self.save()
         finally:
             self.metrics.close()
+        if self.step < self.total_steps:
+            self.console.print(f"stopped at step {self.step:,}; the same command goes on from there")
+            raise KeyboardInterrupt
 
     def one_step(self, bar: Progress, task: TaskID) -> None:
         """One update, its metrics, and k-NN where an epoch that asks for it ends."""
@@ -73,14 +75,18 @@ class Trainer:
         self.step += 1
         epoch = self.step / self.steps_per_epoch
         values["images_per_s"] = round(self.settings.batch_size / (time.perf_counter() - start), 1)
-        at_end = self.step == self.total_steps
-        if self.probe and self.settings.knn_every and self.step % self.steps_per_epoch == 0:
-            if at_end or int(epoch) % self.settings.knn_every == 0:
-                values["knn"] = self.probe.accuracy(self.objective.kept, self.objective.pooling, self.device)
-                bar.console.print(f"epoch {int(epoch)}: loss {values['loss']:.4f}, 20-NN {values['knn']:.4f}")
+        if self.probe and self.knn_is_due():
+            values["knn"] = self.probe.accuracy(self.objective.kept, self.objective.pooling, self.device)
+            bar.console.print(f"epoch {int(epoch)}: loss {values['loss']:.4f}, 20-NN {values['knn']:.4f}")
         self.metrics.write(self.step, epoch=round(epoch, 4), **values)
         state = f"loss {values['loss']:.4f} · {values['images_per_s']:.0f} images/s"
         bar.update(task, completed=self.step, epoch=f"epoch {math.ceil(epoch)}/{self.settings.epochs}", state=state)
+
+    def knn_is_due(self) -> bool:
+        """After the last step, and after every epoch that is a multiple of `knn_every`."""
+        epochs, rest = divmod(self.step, self.steps_per_epoch)
+        every = self.settings.knn_every
+        return every > 0 and rest == 0 and (epochs % every == 0 or epochs == self.settings.epochs)
 
     def batch(self) -> Tensor:
         """This step's images, uint8 `(B, 3, S, S)`: a slice of the epoch's own permutation."""
@@ -101,7 +107,7 @@ class Trainer:
         loss.backward()  # type: ignore[no-untyped-call]
         objective.before_update(self.step / self.steps_per_epoch)
         norm = nn.utils.clip_grad_norm_(objective.parameters(), settings.clip_grad or math.inf)
-        finite = math.isfinite(norm.item())
+        finite = math.isfinite(loss.item()) and math.isfinite(norm.item())
         if finite:
             self.optimizer.step()
             objective.after_update(self.step / self.total_steps)
@@ -124,6 +130,23 @@ class Trainer:
         checkpoint.save(self.run, self.step, self.objective, self.optimizer)
 
 
+class CtrlC:
+    """Within it Ctrl-C is remembered, so that no update is cut in half; a second one interrupts at once."""
+
+    def __enter__(self) -> Self:
+        self.asked = False
+        self.before = signal.signal(signal.SIGINT, self.ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self.before)
+
+    def ask(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
 def adamw(objective: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
     """AdamW, arXiv:1711.05101; biases, norms and single tokens are not decayed."""
     trained = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
@@ -134,8 +157,11 @@ def adamw(objective: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    """`auto` is the GPU where there is one. Raises InvalidRequest for a GPU that is not there."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise InvalidRequest("--device cuda: torch finds no GPU here; use --device auto or cpu")
+    return torch.device(("cuda" if available else "cpu") if name == "auto" else name)
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:

@@ -101,11 +101,11 @@ def random_masking(
     """Per-image random masking by sorting noise.
 
     Returns:
-        keep: int64 `(N, V)`, indices of the V = round(L · (1 − ratio)) visible patches.
+        keep: int64 `(N, V)`, indices of the V = round(L · (1 − ratio)) visible patches, 1 ≤ V < L.
         restore: int64 `(N, L)`: `take(cat([visible, hidden]), restore)` is in the original order.
         mask: float32 `(N, L)`, 0 is visible, 1 is hidden.
     """
-    V = max(round(L * (1 - mask_ratio)), 1)
+    V = min(max(round(L * (1 - mask_ratio)), 1), L - 1)
     shuffle = torch.rand(N, L, generator=generator, device=device).argsort(dim=1)
     restore = shuffle.argsort(dim=1)
     mask = (restore >= V).float()
@@ -113,7 +113,7 @@ def random_masking(
 
 
 def patchify(x: Tensor, p: int) -> Tensor:
-    """`(N, 3, H, W)` to `(N, L, p·p·3)`, patches row by row, pixels row by row, channels last, as in the paper's code."""
+    """`(N, 3, H, W)` to `(N, L, p·p·3)`: patches row by row, their pixels row by row, channels last as there."""
     N, C, H, W = x.shape
     return x.reshape(N, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1).reshape(N, (H // p) * (W // p), p * p * C)
 

@@ -1,4 +1,4 @@
-"""k-NN while training: how good are the embeddings right now? DINO's protocol (arXiv:2104.14294, section 4.1), in torch.
+"""k-NN while training: how good are the embeddings right now? DINO's protocol (arXiv:2104.14294, section 4.1).
 
 The server's `patchsight_serve.knn` says the same in FAISS and numpy, for millions; a test holds the two equal.
 """
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchsight_serve.errors import InvalidRequest
 from patchsight_train.data import Images
 from patchsight_train.views import eval_view
 from patchsight_train.vit import ViT
@@ -32,21 +33,27 @@ class Probe:
 
 
 def split_probe(train: Images, test: Images | None, most_gallery: int, most_queries: int) -> Probe | None:
-    """Queries are the test images, or every tenth training image; None where there are no labels to judge by."""
-    if train.labels is None:
-        return None
-    if test is not None and test.labels is not None:
-        gallery, queries = train, test
+    """Queries are the test images, or every tenth where only one of the sets has labels; None where neither has.
+
+    Raises:
+        InvalidRequest: the two sets have different classes.
+    """
+    labelled = [images for images in (train, test) if images is not None and images.labels is not None]
+    if len(labelled) == 2:
+        gallery, queries = labelled
+        if gallery.class_names != queries.class_names:
+            raise InvalidRequest(f"--knn-test has the classes {queries.class_names}, --data has {gallery.class_names}")
+    elif labelled and len(labelled[0]) >= 10:
+        tenth = torch.arange(len(labelled[0])) % 10 == 9
+        gallery, queries = _select(labelled[0], ~tenth), _select(labelled[0], tenth)
     else:
-        tenth = torch.arange(len(train)) % 10 == 9
-        if not tenth.any():
-            return None
-        gallery, queries = (Images(train.pixels[m], train.labels[m]) for m in (~tenth, tenth))
-    return Probe(_first(gallery, most_gallery), _first(queries, most_queries))
+        return None
+    return Probe(_select(gallery, slice(most_gallery)), _select(queries, slice(most_queries)))
 
 
-def _first(images: Images, n: int) -> Images:
-    return Images(images.pixels[:n], None if images.labels is None else images.labels[:n])
+def _select(images: Images, chosen: Tensor | slice) -> Images:
+    assert images.labels is not None
+    return Images(images.pixels[chosen], images.labels[chosen], images.class_names)
 
 
 @torch.no_grad()
@@ -56,7 +63,7 @@ def embed(encoder: ViT, pixels: Tensor, pooling: str, device: torch.device, batc
     encoder.eval()
     P = encoder.config.prefix_tokens
     parts = []
-    for chunk in pixels.split(batch):
+    for chunk in torch.split(pixels, batch):
         tokens = encoder(eval_view(chunk.to(device)))
         pooled = tokens[:, 0] if pooling == "cls" else tokens[:, P:].mean(dim=1)
         parts.append(F.normalize(pooled.float(), dim=1).cpu())
@@ -68,8 +75,9 @@ def knn_predict(gallery: Tensor, labels: Tensor, queries: Tensor, k: int, temper
     """Classes int64 `(Q,)`: each of the k most similar votes exp(similarity / temperature), ties by the lower class."""
     classes = int(labels.max()) + 1
     predicted = []
-    for chunk in queries.split(1024):
-        similarity, index = (chunk @ gallery.T).topk(k, dim=1)
+    for chunk in torch.split(queries, 1024):
+        # A stable sort, not topk: equal similarities go by row.
+        similarity, index = (x[:, :k] for x in (chunk @ gallery.T).sort(dim=1, descending=True, stable=True))
         votes = torch.zeros(len(chunk), classes).scatter_add_(1, labels[index], (similarity / temperature).exp())
         predicted.append(votes.argmax(dim=1))
     return torch.cat(predicted)

@@ -13,7 +13,7 @@ def warmup_cosine(step: int, total: int, warmup: int, peak: float, final: float 
     return cosine(step - warmup, max(total - warmup, 1), peak, final)
 
 
-def cosine(step: int, total: int, start: float, final: float) -> float:
+def cosine(step: float, total: float, start: float, final: float) -> float:
     """Half a cosine from `start` at step 0 to `final` at step `total`, constant after it."""
     progress = min(step / total, 1.0)
     return final + (start - final) * (1 + math.cos(math.pi * progress)) / 2

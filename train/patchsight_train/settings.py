@@ -3,12 +3,22 @@
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from patchsight_serve.config import CommandSettings
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_settings import SettingsConfigDict
+
+from patchsight_serve.config import CommandSettings
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _ascending(scale: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError("two shares of the area are needed, 0 < least <= largest <= 1")
+    return scale
+
+
+CropScale = Annotated[tuple[float, float], AfterValidator(_ascending)]
 
 
 class TrainSettings(CommandSettings):
@@ -59,6 +69,10 @@ class TrainSettings(CommandSettings):
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.stem == "conv" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
+            raise ValueError(
+                f"the conv stem halves the picture step by step: patch_size {self.patch_size} is no power of 2"
+            )
         return self
 
 
@@ -90,7 +104,7 @@ class SimCLRSettings(TrainSettings):
     temperature: Annotated[float, Field(gt=0)] = Field(0.2, description="of NT-Xent; 0.5 suits ResNets, 0.2 ViTs")
     projection_hidden: Positive = 2048
     projection_width: Positive = 128
-    crop_scale: tuple[float, float] = Field((0.08, 1.0), description="least and largest share of the area")
+    crop_scale: CropScale = Field((0.08, 1.0), description="least and largest share of the area")
     color_strength: Annotated[float, Field(ge=0)] = Field(
         0.5, description="s of the paper: 1.0 for photos, 0.5 at 32 px"
     )
@@ -115,7 +129,7 @@ class DINOSettings(TrainSettings):
     teacher_momentum: Fraction = Field(0.996, description="at the start; cosine to 1. 0.9995 for batches of 256")
     center_momentum: Fraction = 0.9
     freeze_last_layer_epochs: Annotated[int, Field(ge=0)] = 1
-    crop_scale: tuple[float, float] = Field((0.4, 1.0), description="least and largest share of the area")
+    crop_scale: CropScale = Field((0.4, 1.0), description="least and largest share of the area")
 
 
 SETTINGS: dict[str, type[TrainSettings]] = {"mae": MAESettings, "simclr": SimCLRSettings, "dino": DINOSettings}

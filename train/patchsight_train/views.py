@@ -136,7 +136,7 @@ def resized_crop(x: Tensor, boxes: Tensor, S: int, filter: str, flips: Tensor | 
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Blur each of `(B, 3, S, S)` by its own `sigma` `(B,)` in pixels; kernel a tenth of S as in SimCLR, reflected edges."""
+    """Blur each of `(B, 3, S, S)` by its own `sigma` `(B,)`, pixels; kernel of S / 10 as in SimCLR, edges reflected."""
     S = x.shape[-1]
     radius = max(S // 20, 1)
     offsets = torch.arange(-radius, radius + 1, device=x.device)
