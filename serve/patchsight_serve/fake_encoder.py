@@ -59,7 +59,8 @@ class FakeEncoder:
         """Each head looks at the bright patches, more sharply than the head before; the CLS token keeps 0.1."""
         brightness = self._patches(images).sum(axis=3)  # (N, h, w), whole numbers
         power = np.arange(1, (self.manifest.num_heads or 1) + 1)[None, :, None, None]
-        weight = (1.0 + brightness[:, None] / brightness.max(initial=1)) ** power
+        brightest = brightness.max(axis=(1, 2), keepdims=True, initial=1)
+        weight = (1.0 + (brightness / brightest)[:, None]) ** power
         share: Numbers = 0.9 * weight / weight.sum(axis=(2, 3), keepdims=True)
         return share
 

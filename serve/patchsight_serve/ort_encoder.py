@@ -35,14 +35,14 @@ class OrtEncoder:
         options.log_severity_level = ERROR_SEVERITY
         # Spinning threads fight with decoding and with the event loop for the cores, and lose.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        _require(providers, ort.get_available_providers(), bundle.name)
         try:
             self._session = ort.InferenceSession(
                 (bundle / "1" / "model.onnx").read_bytes(), options, providers=list(providers)
             )
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise BundleError(f"{bundle.name}: ONNX Runtime cannot load 1/model.onnx: {error}") from error
-        if missing := set(providers) - set(self._session.get_providers()):
-            raise BundleError(f"{bundle.name}: ONNX Runtime has no usable {', '.join(sorted(missing))} on this machine")
+        _require(providers, self._session.get_providers(), bundle.name)
         self._check_metadata()
         self._check_signature()
 
@@ -71,6 +71,11 @@ class OrtEncoder:
         for name, shape in self.manifest.outputs.items():
             if have.get(name) != ("tensor(float)", len(shape) + 1):
                 raise BundleError(f"{self.manifest.name}: output {name!r} is {have.get(name)}, not float [N, {shape}]")
+
+
+def _require(providers: Sequence[str], usable: Sequence[str], name: str) -> None:
+    if missing := sorted(set(providers) - set(usable)):
+        raise BundleError(f"{name}: ONNX Runtime has no usable {', '.join(missing)} on this machine")
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -1,0 +1,98 @@
+"""ONNX Runtime against numpy on the tiny bundle, and bundles that must be refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from patchsight_serve.errors import BundleError
+from patchsight_serve.manifest import sha256_of
+from patchsight_serve.ort_encoder import OrtEncoder
+
+
+def test_numbers_are_those_of_numpy(tiny_bundle: Path) -> None:
+    model = onnx.load(tiny_bundle / "1" / "model.onnx")
+    w = {t.name: numpy_helper.to_array(t).astype(np.float64) for t in model.graph.initializer}
+    images = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    x = (images / 255.0 - w["mean"]) / w["std"]
+    patches = x.reshape(3, 4, 4, 4, 4, 3)  # N, row of patches, row, column of patches, column, channel
+    tokens = np.einsum("naibjc,dcij->nabd", patches, w["patch"])
+    mean = tokens.mean(axis=(1, 2))
+    logits = np.einsum("nabd,hd->nhab", tokens, w["head"][:, :, 0, 0])
+    weight = np.exp(logits - logits.max(axis=(2, 3), keepdims=True))
+    expected = {
+        "patch_tokens": tokens,
+        "mean_embedding": mean,
+        "cls_embedding": mean @ w["cls"],
+        "attention": 0.9 * weight / weight.sum(axis=(2, 3), keepdims=True),
+    }
+    actual = OrtEncoder(tiny_bundle).run(images, list(expected))
+    for name, value in expected.items():
+        np.testing.assert_allclose(actual[name], value, rtol=1e-4, atol=1e-5)
+
+
+def rewrite(bundle: Path, change: Callable[[onnx.ModelProto], object]) -> Path:
+    """Change the graph, and correct encoder.json's sha256, so that only the graph itself can be blamed."""
+    path = bundle / "1" / "model.onnx"
+    model = onnx.load(path)
+    change(model)
+    path.write_bytes(model.SerializeToString())
+    told = json.loads((bundle / "encoder.json").read_text())
+    (bundle / "encoder.json").write_text(json.dumps(told | {"sha256": sha256_of(path)}))
+    return bundle
+
+
+def test_a_graph_that_says_something_else_is_refused(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "tiny")
+    told = json.loads((bundle / "encoder.json").read_text())
+    (bundle / "encoder.json").write_text(json.dumps(told | {"license": "mine"}))
+    with pytest.raises(BundleError, match="license = 'mine', the ONNX file says 'CC0-1.0'"):
+        OrtEncoder(bundle)
+
+
+def test_a_graph_without_metadata_is_refused(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    bundle = rewrite(make_bundle(tmp_path / "tiny"), lambda model: model.ClearField("metadata_props"))
+    with pytest.raises(BundleError, match="no metadata 'patchsight'"):
+        OrtEncoder(bundle)
+
+
+def test_a_graph_without_a_promised_output_is_refused(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    def drop(model: onnx.ModelProto) -> None:
+        del model.graph.output[2]
+
+    with pytest.raises(BundleError, match="output 'attention' is None"):
+        OrtEncoder(rewrite(make_bundle(tmp_path / "tiny"), drop))
+
+
+def test_a_graph_of_another_input_size_is_refused(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"not uint8 \[N, 32, 32, 3\]"):
+        OrtEncoder(make_bundle(tmp_path / "tiny", transform={"resize": 32, "crop": 32}))
+
+
+def test_a_file_that_is_no_graph_is_refused(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "tiny")
+    (bundle / "1" / "model.onnx").write_bytes(b"no graph")
+    told = json.loads((bundle / "encoder.json").read_text())
+    (bundle / "encoder.json").write_text(json.dumps(told | {"sha256": sha256_of(bundle / "1" / "model.onnx")}))
+    with pytest.raises(BundleError, match="ONNX Runtime cannot load"):
+        OrtEncoder(bundle)
+
+
+def test_a_provider_that_onnx_runtime_was_built_without_is_refused(tiny_bundle: Path) -> None:
+    with pytest.raises(BundleError, match="no usable NoSuchExecutionProvider"):
+        OrtEncoder(tiny_bundle, providers=("NoSuchExecutionProvider", "CPUExecutionProvider"))
+
+
+def test_a_provider_that_cannot_start_is_not_replaced_silently(tiny_bundle: Path) -> None:
+    """Without a GPU the CUDA provider is there and does not work, and ONNX Runtime goes on with the CPU."""
+    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+    try:
+        encoder = OrtEncoder(tiny_bundle, providers=wanted)
+    except BundleError as error:
+        assert "no usable CUDAExecutionProvider" in error.message  # noqa: PT017 - a machine with a GPU may load it
+    else:
+        assert encoder._session.get_providers()[0] == wanted[0]
