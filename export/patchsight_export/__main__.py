@@ -1,0 +1,78 @@
+"""`patchsight-export SOURCE MODEL_REPOSITORY/NAME`: parse, wire, run."""
+
+import hashlib
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from patchsight_export.settings import ExportSettings
+from patchsight_serve.config import fail
+from patchsight_serve.errors import PatchsightError
+
+if TYPE_CHECKING:
+    from patchsight_export.verify import Check
+
+PROG = "patchsight-export"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = ExportSettings.from_command_line(PROG, sys.argv[1:] if argv is None else argv)
+    try:
+        if settings.source.suffix == ".json":
+            measure(settings)
+        else:
+            export(settings)
+    except (PatchsightError, OSError) as error:
+        fail(PROG, str(error), status=1)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def measure(settings: ExportSettings) -> None:
+    """Add a measurement to a bundle that is published already."""
+    from patchsight_export.repository import record
+
+    record(settings.bundle, settings.source)
+    print(f"{settings.source.stem} is now measured in {settings.bundle / 'encoder.json'}")
+
+
+def export(settings: ExportSettings) -> None:
+    """Rebuild the encoder, make the graph, compare it with torch, publish. All is in memory until it is verified."""
+    from patchsight_export.repository import check_free, publish
+
+    started = time.perf_counter()
+    print(f"{PROG}\n{settings.describe()}")
+    check_free(settings.bundle)
+
+    from patchsight_export.source import read_run  # torch: after what can fail without it
+    from patchsight_export.to_onnx import Served, to_onnx, with_metadata
+    from patchsight_export.verify import noise, photos, verify
+
+    source = read_run(settings.source, settings.step)
+    draft = source.manifest(settings.bundle.name, sha256="0" * 64)
+    print(f"{draft.objective}, {draft.architecture}: {draft.parameters / 1e6:.2f} M parameters, step {source.step:,}")
+    served = Served(source.encoder)
+    model = with_metadata(to_onnx(served, draft.transform.crop, opset=settings.opset), draft.metadata())
+    pictures = {"noise": noise(draft.transform.crop), "photos": photos(draft.transform)}
+    print("\n".join(verdict(verify(model, served, draft.outputs, pictures), list(draft.outputs))))
+    manifest = source.manifest(settings.bundle.name, hashlib.sha256(model).hexdigest())
+    publish(settings.bundle, manifest, model)
+    print(
+        f"published {settings.bundle}: opset {settings.opset}, {len(model) / 1e6:.2f} MB, sha256 {manifest.sha256}, "
+        f"in {time.perf_counter() - started:.1f} s"
+    )
+
+
+def verdict(checks: Iterable["Check"], outputs: list[str]) -> list[str]:
+    """The checks as a table: a row for each comparison, a column for each output."""
+    rows: dict[str, dict[str, float]] = {}
+    for check in checks:
+        rows.setdefault(check.what, {})[check.output] = check.error
+    lines = [f"{'max|a-b| / max|b| against':<30}" + "".join(f"{name:>16}" for name in outputs)]
+    lines += [f"{what:<30}" + "".join(f"{errors[name]:>16.1e}" for name in outputs) for what, errors in rows.items()]
+    return lines
+
+
+if __name__ == "__main__":
+    main()

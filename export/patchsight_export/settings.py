@@ -1,0 +1,25 @@
+"""What `patchsight-export` can be told. Imports no torch, so that `--help` answers at once."""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+from pydantic_settings import CliPositionalArg, SettingsConfigDict
+
+from patchsight_serve.config import CommandSettings
+
+
+class ExportSettings(CommandSettings):
+    """Make an encoder bundle of a run folder: export to ONNX, compare with torch, publish. Or add a measurement to it."""
+
+    model_config = SettingsConfigDict(env_prefix="PATCHSIGHT_EXPORT_")
+    table: ClassVar[str] = "export"
+
+    source: CliPositionalArg[Path] = Field(
+        description="run folder of patchsight-train; or what `patchsight-knn --json` printed, in a file *.json"
+    )
+    bundle: CliPositionalArg[Path] = Field(
+        description="MODEL_REPOSITORY/NAME: the bundle to make, or the one that was measured"
+    )
+    step: Annotated[int, Field(ge=1)] | None = Field(None, description="checkpoint to export (default: the newest)")
+    opset: Literal[18, 23] = Field(23, description="of ONNX; 18 for runtimes that have no Attention operator yet")

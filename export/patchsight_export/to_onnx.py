@@ -1,0 +1,107 @@
+"""From the trained module to the ONNX graph that is served."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import onnx
+import torch
+from onnx import helper
+from torch import Tensor, nn
+
+from patchsight_serve.manifest import METADATA_KEY
+from patchsight_train.views import eval_view
+from patchsight_train.vit import ViT
+
+OUTPUTS = ("cls_embedding", "mean_embedding", "attention", "patch_tokens")
+EXAMPLE_BATCH = 2  # an axis of 1 may be taken for a constant
+LARGEST_BATCH = 65_536
+
+
+class Served(nn.Module):
+    """uint8 `(N, H, W, 3)` to `OUTPUTS`, float32: `(N, D)`, `(N, D)`, `(N, h, g, g)`, `(N, g, g, D)`; g patches a side.
+
+    `attention` is the last block's, from CLS to the patches: its sum is 1 less the weight on CLS and the registers.
+    """
+
+    def __init__(self, encoder: ViT) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        vit = self.encoder.config
+        g, P, h, D = vit.grid, vit.prefix_tokens, vit.heads, vit.width
+        tokens, weights = self.encoder.with_attention(eval_view(image.permute(0, 3, 1, 2)))
+        patches = tokens[:, P:]
+        attention = weights[:, :, 0, P:].reshape(-1, h, g, g)
+        return tokens[:, 0], patches.mean(dim=1), attention, patches.reshape(-1, g, g, D)
+
+
+def to_onnx(served: nn.Module, size: int, outputs: tuple[str, ...] = OUTPUTS, opset: int = 23) -> onnx.ModelProto:
+    """The graph of `served`, which takes uint8 `(batch, size, size, 3)` as `image`, with nothing in it that depends on
+    the machine or the folder it was made in."""
+    example = torch.zeros(EXAMPLE_BATCH, size, size, 3, dtype=torch.uint8)
+    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
+    # Without gradients: attention on the CPU would not go through SDPA otherwise, and not become an Attention node.
+    with torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            served.eval(), (example,), dynamo=True, opset_version=opset, input_names=["image"],
+            output_names=list(outputs), dynamic_shapes={"image": {0: batch}}, verbose=False,
+        )  # fmt: skip
+    assert program is not None
+    model = program.model_proto
+    strip(model)
+    return model
+
+
+def strip(model: onnx.ModelProto) -> None:
+    """Remove what the exporter notes about where each node came from: stack traces with this machine's paths."""
+    del model.metadata_props[:]
+    model.ClearField("doc_string")
+    _strip_graph(model.graph)
+    for function in model.functions:
+        del function.metadata_props[:]
+        function.ClearField("doc_string")
+        _strip_nodes(function)
+
+
+def _strip_graph(graph: onnx.GraphProto) -> None:
+    del graph.metadata_props[:]
+    graph.ClearField("doc_string")
+    for value in [*graph.input, *graph.output, *graph.value_info, *graph.initializer]:
+        del value.metadata_props[:]
+        value.ClearField("doc_string")
+    _strip_nodes(graph)
+
+
+def _strip_nodes(body: onnx.GraphProto | onnx.FunctionProto) -> None:
+    for node in body.node:
+        del node.metadata_props[:]
+        node.ClearField("doc_string")
+        for attribute in node.attribute:
+            attribute.ClearField("doc_string")
+            for inner in [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs:
+                _strip_graph(inner)
+
+
+def with_metadata(model: onnx.ModelProto, text: str) -> bytes:
+    """The file: the graph, and the manifest's text inside it. Equal graphs and texts give equal bytes."""
+    helper.set_model_props(model, {METADATA_KEY: text})
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of its own use of torch, and of torchvision's absence: neither is for us to mend."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        logger.setLevel(level)
