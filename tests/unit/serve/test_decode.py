@@ -33,9 +33,7 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 def png_file(width: int, height: int, depth: int, color: int, rows: bytes = b"") -> bytes:
     """A PNG written by hand, so that no writer's limits or conversions stand between the test and the bytes."""
     header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 # Formats
@@ -119,7 +117,9 @@ def test_alpha_lies_over_white(picture: np.ndarray, encode: Encode) -> None:
     alpha = np.arange(48 * 64).reshape(48, 64).astype(np.uint8)
     expected = over_white(picture, alpha)
     np.testing.assert_allclose(rgb(encode(np.dstack([picture, alpha]))), expected, atol=1)
-    np.testing.assert_allclose(rgb(encode(np.dstack([picture, alpha]), "WEBP", lossless=True, exact=True)), expected, atol=1)
+    np.testing.assert_allclose(
+        rgb(encode(np.dstack([picture, alpha]), "WEBP", lossless=True, exact=True)), expected, atol=1
+    )
 
 
 def test_gray_with_alpha_lies_over_white(encode: Encode) -> None:
@@ -142,7 +142,9 @@ def test_a_palette_may_be_partly_transparent(encode: Encode) -> None:
     image.putpalette([100, 0, 0, 0, 100, 0])
     image.putdata([0, 1])
     pixels = rgb(encode(image, transparency=bytes([128, 255])))
-    np.testing.assert_allclose(pixels[0], [over_white(np.array([100, 0, 0]), np.array(128)).ravel(), [0, 100, 0]], atol=1)
+    np.testing.assert_allclose(
+        pixels[0], [over_white(np.array([100, 0, 0]), np.array(128)).ravel(), [0, 100, 0]], atol=1
+    )
 
 
 def test_gray_and_rgb_may_name_a_transparent_color(encode: Encode) -> None:
@@ -166,9 +168,7 @@ UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_exif_orientation_is_applied_once(
-    orientation: int, format: str, picture: np.ndarray, encode: Encode
-) -> None:
+def test_exif_orientation_is_applied_once(orientation: int, format: str, picture: np.ndarray, encode: Encode) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if format == "WEBP" else {}
@@ -205,7 +205,14 @@ def test_an_animation_gives_its_first_frame(format: str, encode: Encode) -> None
 @pytest.mark.parametrize("filter", ["bilinear", "bicubic", "lanczos"])
 @pytest.mark.parametrize(
     ("size", "resize", "crop"),
-    [((64, 48), 24, 24), ((64, 48), 24, 16), ((48, 64), 12, 12), ((32, 32), 16, 12), ((20, 10), 30, 20), ((8, 8), 8, 8)],
+    [
+        ((64, 48), 24, 24),
+        ((64, 48), 24, 16),
+        ((48, 64), 12, 12),
+        ((32, 32), 16, 12),
+        ((20, 10), 30, 20),
+        ((8, 8), 8, 8),
+    ],
 )
 def test_fit_is_resize_then_center_crop(
     filter: str, size: tuple[int, int], resize: int, crop: int, picture: np.ndarray
@@ -264,7 +271,12 @@ def test_too_many_bytes(png: bytes) -> None:
 
 @pytest.mark.parametrize(
     ("width", "height", "limits"),
-    [(50_000, 50_000, Limits()), (11, 10, Limits(max_pixels=109)), (65_501, 1, Limits()), (2**31 - 1, 2**31 - 1, Limits())],
+    [
+        (50_000, 50_000, Limits()),
+        (11, 10, Limits(max_pixels=109)),
+        (65_501, 1, Limits()),
+        (2**31 - 1, 2**31 - 1, Limits()),
+    ],
 )
 def test_too_many_pixels_are_known_from_the_header(width: int, height: int, limits: Limits) -> None:
     # There is no pixel in this file: had one been asked for, the error would be another.
