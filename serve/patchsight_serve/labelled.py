@@ -1,0 +1,70 @@
+"""Labelled images and their embeddings: what a k-NN figure is computed from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from patchsight_serve.dataset import Dataset, read_dataset
+from patchsight_serve.embedder import Embedder
+from patchsight_serve.errors import InvalidRequest, PatchsightError
+from patchsight_serve.nearest import F32, I64, normalize
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The images of a source that could be read, in its order: names, labels int64 `(M,)`, unit vectors float32
+    `(M, D)`; and the name and the reason of each other one."""
+
+    names: list[str]
+    labels: I64
+    vectors: F32
+    skipped: list[tuple[str, str]]
+
+
+def read_labelled(source: str) -> Dataset:
+    """As `read_dataset`. Raises InvalidRequest also where there are no labels, or negative ones."""
+    dataset = read_dataset(source)
+    if dataset.labels is None:
+        raise InvalidRequest(f"{source}: has no labels; give class folders, or Parquet with a column `label`")
+    if dataset.labels.min() < 0:
+        row = int(dataset.labels.argmin())
+        raise InvalidRequest(f"{source}: the label of {dataset.names[row]} is {dataset.labels[row]}; they begin with 0")
+    return dataset
+
+
+def match_classes(train: Dataset, test: Dataset) -> Dataset:
+    """`test` with the class numbers of `train`: folders number their own classes, and where one lacks a class, all
+    behind it are shifted. A class that only `test` has gets a number of its own, for which no neighbor can vote."""
+    if train.class_names is None or test.class_names is None or test.labels is None:
+        return test
+    names = train.class_names + [name for name in test.class_names if name not in train.class_names]
+    number = np.array([names.index(name) for name in test.class_names], dtype=np.int64)
+    return replace(test, labels=number[test.labels], class_names=names)
+
+
+def embed_labelled(dataset: Dataset, embedder: Embedder, advance: Callable[[], None] = lambda: None) -> Embedded:
+    """Embed all images of a labelled dataset; one that cannot be read is left out and listed.
+
+    advance: called after each image.
+
+    Raises InvalidRequest if none can be read; PatchsightError, with its name, for an embedding without direction.
+    """
+    assert dataset.labels is not None
+    rows: list[int] = []
+    vectors: list[F32] = []
+    skipped: list[tuple[str, str]] = []
+    images = (dataset.read(i) for i in range(len(dataset)))
+    for i, result in enumerate(embedder.embed_each(images)):
+        if isinstance(result, PatchsightError):
+            skipped.append((dataset.names[i], result.message))
+        elif not np.isfinite(result).all() or not result.any():
+            raise PatchsightError(f"the embedding of {dataset.names[i]} holds NaN or infinity, or has length 0")
+        else:
+            rows.append(i)
+            vectors.append(result)
+        advance()
+    if not rows:
+        name, reason = skipped[0]
+        raise InvalidRequest(f"none of {len(dataset)} images can be read; {name}: {reason}")
+    return Embedded([dataset.names[i] for i in rows], dataset.labels[rows], normalize(np.stack(vectors)), skipped)

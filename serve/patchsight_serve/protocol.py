@@ -1,0 +1,77 @@
+"""DINO's k-NN protocol: how well nearest neighbors classify.
+
+Eval transform on gallery and query; L2-normalized embeddings; the k best by cosine, equal ones by their row in the
+gallery; votes weighted exp(similarity / 0.07), equal sums to the lower class.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from patchsight_serve.nearest import F32, I64, flat_index, nearest
+from patchsight_serve.vote import vote
+
+KS = (1, 5, 10, 20, 100, 200)
+HEADLINE = 20
+CHUNK = 1024  # queries at a time, for the progress bar; predictions do not depend on it
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one evaluation gives. predictions: int64 `(Q,)` by k. accuracy: fraction by k. headline: the k to quote."""
+
+    predictions: dict[int, I64]
+    accuracy: dict[int, float]
+    headline: int
+    interval: tuple[float, float]  # 95 %, of the headline's accuracy
+
+
+class Rows:
+    """A gallery of unit vectors float32 `(N, D)`, to be searched by row."""
+
+    def __init__(self, gallery: F32) -> None:
+        self._index = flat_index(gallery.shape[1])
+        self._index.add_with_ids(gallery, np.arange(len(gallery), dtype=np.int64))
+
+    def search(self, queries: F32, k: int) -> tuple[F32, I64]:
+        """The `k` best rows for each unit query of `(Q, D)`: similarity float32 and row int64, both `(Q, k)`, best
+        first, equal similarities by row. k is at most N."""
+        similarity = np.empty((len(queries), k), np.float32)
+        rows = np.empty((len(queries), k), np.int64)
+        for q, (found, scores) in enumerate(nearest(self._index, queries, k)):
+            best = np.lexsort((found, -scores))[:k]
+            similarity[q], rows[q] = scores[best], found[best]
+        return similarity, rows
+
+
+def evaluate(
+    gallery: F32, gallery_labels: I64, queries: F32, query_labels: I64, advance: Callable[[int], None] = lambda _: None
+) -> Figures:
+    """Classify each query by its neighbors in the gallery, for every k of the protocol that the gallery allows.
+
+    Vectors are unit, float32; labels int64, 0 or more. advance: told how many queries are done, chunk by chunk.
+    """
+    ks = [k for k in KS if k <= len(gallery)]
+    indexed = Rows(gallery)
+    num_classes = int(max(gallery_labels.max(), query_labels.max())) + 1
+    predictions = {k: np.empty(len(queries), np.int64) for k in ks}
+    for start in range(0, len(queries), CHUNK):
+        part = slice(start, start + CHUNK)
+        similarity, rows = indexed.search(queries[part], max(ks))
+        for k in ks:
+            predictions[k][part] = vote(similarity, gallery_labels[rows], num_classes, k)
+        advance(len(similarity))
+    right = {k: int((predictions[k] == query_labels).sum()) for k in ks}
+    headline = max(k for k in ks if k <= HEADLINE)
+    accuracy = {k: right[k] / len(queries) for k in ks}
+    return Figures(predictions, accuracy, headline, wilson(right[headline], len(queries)))
+
+
+def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a fraction; 95 % with this z. It stays within 0 to 1, also for 3 of 3."""
+    p = right / total
+    center = (p + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * float(np.sqrt(p * (1 - p) / total + z * z / (4 * total * total)))
+    # At the ends the formula is exact, its rounding is not.
+    return (0.0 if right == 0 else center - half), (1.0 if right == total else center + half)
