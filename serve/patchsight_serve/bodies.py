@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import orjson
+from starlette.datastructures import FormData
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
@@ -34,6 +35,15 @@ class Multipart:
 
 class _InMemory(MultiPartParser):
     spool_max_size = 1 << 40  # the body's size is limited, so nothing need go to the disk
+    ended = False  # the last boundary was there; a body without it was cut, and an image of it may be missing
+
+    def on_end(self) -> None:
+        self.ended = True
+
+    def close(self) -> None:
+        """Free what was parsed, the file that a cut body broke off in included."""
+        for file in self._files_to_close_on_error:
+            file.close()
 
 
 def media_type(request: Request) -> str:
@@ -91,24 +101,29 @@ async def read_multipart(request: Request, limits: BodyLimits) -> Multipart:
     try:
         async with _in_time(limits):
             form = await parser.parse()
+        if not parser.ended:
+            raise InvalidRequest("the multipart body is malformed: it ends before its last boundary")
+        return await _parts(form)
     except MultiPartException as error:
         if error.message.startswith("Too many files"):
             raise _too_many(None, limits) from None
         raise InvalidRequest(f"the multipart body is malformed: {error.message}") from None
     except (KeyError, ValueError) as error:  # no boundary in the header, undecodable names
         raise InvalidRequest(f"the multipart body is malformed: {error}") from None
+    finally:
+        parser.close()
+
+
+async def _parts(form: FormData) -> Multipart:
     images: list[bytes] = []
     fields: dict[str, str] = {}
-    try:
-        for name, value in form.multi_items():
-            if isinstance(value, str):
-                fields[name] = value
-            elif name == FIELD:
-                images.append(await value.read())
-            else:
-                raise InvalidRequest(f"the form has a file in the field {name!r}; files belong in {FIELD!r}", name)
-    finally:
-        await form.close()
+    for name, value in form.multi_items():
+        if isinstance(value, str):
+            fields[name] = value
+        elif name == FIELD:
+            images.append(await value.read())
+        else:
+            raise InvalidRequest(f"the form has a file in the field {name!r}; files belong in {FIELD!r}", name)
     return Multipart(images, fields)
 
 

@@ -49,7 +49,7 @@ def keep_mass(attention: Values, mass: float) -> Values:
     flat = attention.ravel()
     order = np.argsort(-flat, kind="stable")
     share = np.cumsum(flat[order], dtype=np.float64) / max(float(flat.sum(dtype=np.float64)), 1e-12)
-    count = int(np.searchsorted(share, mass - 1e-9)) + 1
+    count = int(np.searchsorted(share, mass - 1e-6)) + 1
     kept = np.zeros_like(flat)
     kept[order[:count]] = flat[order[:count]]
     return kept.reshape(attention.shape)

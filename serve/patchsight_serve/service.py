@@ -1,6 +1,7 @@
 """From encoded images to the encoders' outputs: what every route that takes images is built on. Knows no HTTP."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from patchsight_serve.metrics import Metrics
 from patchsight_serve.settings import ServeSettings
 from patchsight_serve.timing import Timing
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # What a request may ask for, in the order of the replies, and what the graph calls it. `embedding` is the one that the
@@ -153,6 +155,9 @@ class Service:
                 return work(data)
             except PatchsightError as error:
                 return error
+            except Exception:  # a reader's bug must not take the request's other images down
+                logger.exception("an image of %d bytes could not be read", len(data))
+                return PatchsightError("the image could not be read")
 
         loop = asyncio.get_running_loop()
         waiting = [loop.run_in_executor(self.pool, one, b) for b in blobs if isinstance(b, bytes)]

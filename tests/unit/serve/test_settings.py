@@ -1,0 +1,59 @@
+"""Who may be let in, what is hidden, what contradicts itself, and that flag, variable and file agree."""
+
+from pathlib import Path
+
+import pytest
+
+from patchsight_serve.settings import ServeSettings, is_loopback
+
+
+def parse(*argv: str) -> ServeSettings:
+    return ServeSettings.from_command_line("patchsight-serve", argv)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False),
+     ("192.168.1.2", False), ("example.org", False), ("localhost.example.org", False), ("", False)],
+)  # fmt: skip
+def test_loopback(host: str, expected: bool) -> None:
+    assert is_loopback(host) == expected
+
+
+def test_beyond_loopback_needs_a_key_or_the_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse("--host", "0.0.0.0")
+    assert caught.value.code == 2
+    assert "PATCHSIGHT_API_KEYS" in capsys.readouterr().err
+    assert parse("--host", "0.0.0.0", "--allow-anonymous").keys == ()
+    monkeypatch.setenv("PATCHSIGHT_API_KEYS", " ,")
+    with pytest.raises(SystemExit):
+        parse("--host", "0.0.0.0")
+    monkeypatch.setenv("PATCHSIGHT_API_KEYS", "one, two")
+    assert parse("--host", "0.0.0.0").keys == ("one", "two")
+    monkeypatch.delenv("PATCHSIGHT_API_KEYS")
+    monkeypatch.setenv("PATCHSIGHT_ALLOW_ANONYMOUS", "1")
+    assert parse("--host", "0.0.0.0").allow_anonymous
+
+
+def test_keys_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATCHSIGHT_API_KEYS", "very-secret")
+    settings = parse()
+    assert "very-secret" not in settings.describe() + repr(settings)
+    assert "api_keys = **********" in settings.describe()
+
+
+def test_flag_over_environment_over_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("patchsight.toml").write_text("[serve]\nport = 1\nmax_batch = 2\nmax_images = 3\n")
+    monkeypatch.setenv("PATCHSIGHT_PORT", "4")
+    monkeypatch.setenv("PATCHSIGHT_MAX_BATCH", "5")
+    settings = parse("--port", "6")
+    assert (settings.port, settings.max_batch, settings.max_images, settings.max_queue) == (6, 5, 3, 256)
+
+
+def test_a_request_must_be_able_to_enter_the_queue(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--max-images", "300")
+    assert "max_images 300 can never enter a queue of max_queue 256" in capsys.readouterr().err
