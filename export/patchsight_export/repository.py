@@ -79,8 +79,8 @@ def record(bundle: Path, measurement: Path) -> None:
         encoder = values.pop("encoder", None)
         if isinstance(encoder, dict) and encoder.get("sha256", manifest.sha256) != manifest.sha256:
             raise InvalidRequest(
-                f"{measurement}: its encoder is {encoder.get('name')!r} of sha256 {encoder['sha256']}, but {bundle} has "
-                f"sha256 {manifest.sha256}"
+                f"{measurement}: its encoder is {encoder.get('name')!r} of sha256 {encoder['sha256']}, but {bundle} "
+                f"has sha256 {manifest.sha256}"
             )
         measured = {**manifest.measured, measurement.stem: values}
         partial = bundle / ".encoder.json.partial"

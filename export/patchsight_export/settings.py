@@ -10,13 +10,13 @@ from patchsight_serve.config import CommandSettings
 
 
 class ExportSettings(CommandSettings):
-    """Make an encoder bundle of a run folder: export to ONNX, compare with torch, publish. Or add a measurement to it."""
+    """Make an encoder bundle of a run folder: export to ONNX, compare with torch, publish; or add a measurement."""
 
     model_config = SettingsConfigDict(env_prefix="PATCHSIGHT_EXPORT_")
     table: ClassVar[str] = "export"
 
     source: CliPositionalArg[Path] = Field(
-        description="run folder of patchsight-train; or what `patchsight-knn --json` printed, in a file *.json"
+        description="run folder of patchsight-train; or a file *.json that patchsight-knn printed"
     )
     bundle: CliPositionalArg[Path] = Field(
         description="MODEL_REPOSITORY/NAME: the bundle to make, or the one that was measured"

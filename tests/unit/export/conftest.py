@@ -1,0 +1,74 @@
+"""Run folders with random weights, and one bundle exported of them through the command itself."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from patchsight_export.__main__ import main
+from patchsight_serve.manifest import Manifest, Transform
+from patchsight_train import checkpoint
+from patchsight_train.__main__ import build
+from patchsight_train.loop import adamw
+from patchsight_train.objective import Objective
+from patchsight_train.run import config_of, open_run
+from patchsight_train.settings import SETTINGS
+
+# 2 heads that differ, registers, a grid of 4 × 4: nothing that a wrong axis or slice could hide behind.
+TINY = {
+    "image_size": 16, "patch_size": 4, "width": 24, "depth": 3, "heads": 2, "registers": 2, "threads": 1,
+    "dataset": "noise", "license": "CC0-1.0",
+}  # fmt: skip
+
+
+def random_objective(name: str, **settings: Any) -> tuple[Objective, Any]:
+    """An objective whose weights are far from their start: attention is not uniform, DINO's teacher not the student."""
+    chosen = SETTINGS[name](data=["nowhere/train.parquet"], **TINY | settings)
+    torch.manual_seed(1)
+    objective = build(chosen)
+    with torch.no_grad():
+        for parameter in objective.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return objective, chosen
+
+
+def write_run(folder: Path, name: str = "simclr", step: int = 7, **settings: Any) -> Objective:
+    """A run folder as patchsight-train leaves it, and what is in its checkpoint."""
+    objective, chosen = random_objective(name, **settings)
+    open_run(folder, config_of(chosen))
+    checkpoint.save(folder, step, objective, adamw(objective, chosen))
+    return objective.eval()
+
+
+@pytest.fixture(scope="session")
+def make_run() -> Callable[..., Objective]:
+    """`make_run(folder, "simclr", step=7, **settings)`: see `write_run`."""
+    return write_run
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SimCLR run, for reading only."""
+    folder = tmp_path_factory.mktemp("runs") / "simclr"
+    write_run(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundle(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of `run`, for reading only."""
+    target = tmp_path_factory.mktemp("export") / "model_repository" / "tiny"
+    main([str(run), str(target)])
+    return target
+
+
+@pytest.fixture
+def manifest() -> Manifest:
+    """A manifest whose numbers all differ, so that one in another's place shows."""
+    return Manifest(
+        name="tiny", sha256="0" * 64, objective="dino", architecture="ViT", parameters=1000, image_size=32,
+        patch_size=4, embedding_dim=96, num_heads=3, prefix_tokens=1, recommended="cls",
+        transform=Transform(resize=36, crop=32), data="noise", recipe="none", commit="none", license="CC0-1.0",
+    )  # fmt: skip
