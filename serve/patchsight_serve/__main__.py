@@ -15,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, load, serve. Exits with 2 on a wrong setting, 1 if an encoder cannot be loaded."""
     settings = ServeSettings.from_command_line(PROG, sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("faiss").setLevel(logging.WARNING)  # tells which of its builds it tried, six lines long
     from patchsight_serve.server import serve  # only now: `--help` must not wait for ONNX Runtime
 
     try:
