@@ -357,6 +357,36 @@ def test_a_file_that_is_no_gallery_is_an_error_of_ours(tmp_path: Path) -> None:
     Gallery(tmp_path / "g").close()  # the lock was let go
 
 
+def test_readers_do_not_wait_for_a_writer_at_the_disk(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that hangs in the middle of its transaction holds up nobody, and shows nobody what is not committed."""
+    vectors = unit_vectors(3)
+    gallery.add([new("x", vectors[0], label="a")], ENCODER)
+    inside, go_on, insert = threading.Event(), threading.Event(), gallery._record.insert
+
+    def hanging(*values):
+        key = insert(*values)
+        inside.set()
+        assert go_on.wait(60)
+        return key
+
+    monkeypatch.setattr(gallery._record, "insert", hanging)
+    writer = threading.Thread(target=gallery.add, args=([new("y", vectors[1]), new("z", vectors[2])], ENCODER))
+    writer.start()
+    assert inside.wait(60)
+    try:
+        assert [n.id for n in gallery.neighbors(vectors[1], 10)] == ["x"]
+        assert [n.id for n in gallery.neighbors(vectors[1], 10, label="a")] == ["x"]
+        assert ids(gallery) == ["x"]
+        assert gallery.get("x").label == "a"
+        assert gallery.thumbnail("x") == b"thumb x"
+        with pytest.raises(NotFound):
+            gallery.get("y")
+    finally:
+        go_on.set()
+        writer.join()
+    assert [n.id for n in gallery.neighbors(vectors[1], 1)] == ["y"]
+
+
 def test_readers_and_writers_at_once_agree_with_the_record(gallery: Gallery) -> None:
     vectors = unit_vectors(200)
     gallery.add([new(f"s{i}", v) for i, v in enumerate(vectors[:50])], ENCODER)
