@@ -1,0 +1,49 @@
+"""The web page: `/` is its HTML, `/static` its files. It loads nothing from elsewhere; its policy holds it to that."""
+
+import os
+from pathlib import Path
+
+from fastapi import APIRouter
+from starlette.responses import FileResponse, Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+WEB = Path(__file__).parent / "web"
+
+# Labels and metadata come from anybody. The page sets them as text, and should it ever fail to, this lets none of them
+# run, load or send anything. `blob:` is for pictures, which are fetched with the API key.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+)
+# Every file is asked for again, and mostly answered with 304: script, style and HTML must be of one version.
+FILE_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
+PAGE_HEADERS = FILE_HEADERS | {"Content-Security-Policy": POLICY, "Cross-Origin-Opener-Policy": "same-origin"}
+
+
+class PageFiles(StaticFiles):
+    """The files below `web/`, never taken for another type than the one they are sent as."""
+
+    def __init__(self) -> None:
+        super().__init__(directory=WEB)
+
+    def file_response(
+        self, full_path: str | os.PathLike[str], stat_result: os.stat_result, scope: Scope, status_code: int = 200
+    ) -> Response:
+        """A file, or 304."""
+        response = super().file_response(full_path, stat_result, scope, status_code)
+        response.headers.update(PAGE_HEADERS if str(full_path).endswith(".html") else FILE_HEADERS)
+        return response
+
+
+def router() -> APIRouter:
+    """The page itself."""
+    routes = APIRouter()
+    routes.get("/", include_in_schema=False)(page)
+    return routes
+
+
+async def page() -> Response:
+    """The page, which asks for everything else it needs."""
+    return FileResponse(WEB / "index.html", headers=PAGE_HEADERS, media_type="text/html; charset=utf-8")
