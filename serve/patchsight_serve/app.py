@@ -4,7 +4,6 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,9 +11,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import Response
-from starlette.staticfiles import StaticFiles
 
-from patchsight_serve import __version__, embeddings, galleries, neighbors, status
+from patchsight_serve import __version__, embeddings, galleries, neighbors, page, status
 from patchsight_serve.auth import BearerAuth
 from patchsight_serve.batcher import Batcher
 from patchsight_serve.bodies import BodyLimits
@@ -31,7 +29,6 @@ from patchsight_serve.service import Service
 from patchsight_serve.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
-WEB = Path(__file__).parent / "web"
 
 DESCRIPTION = """Embeddings, attention and neighbors of images, by encoders that learned without labels.
 
@@ -68,7 +65,8 @@ def create_app(encoders: Mapping[str, Encoder], settings: ServeSettings) -> Fast
     app.include_router(galleries.router())
     app.include_router(neighbors.router())
     app.include_router(status.router())
-    app.mount("/static", StaticFiles(directory=WEB), name="static")
+    app.include_router(page.router())
+    app.mount("/static", page.PageFiles(), name="static")
     _document_key(app)
     return app
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.openapi.docs import get_swagger_ui_html
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
 
 from patchsight_serve.encoder import Encoder
 from patchsight_serve.errors import PatchsightError
@@ -33,7 +33,6 @@ def router() -> APIRouter:
     )(readyz)
     routes.get("/metrics", tags=["health"], summary="Prometheus metrics")(metrics)
     routes.get("/docs", include_in_schema=False)(docs)
-    routes.get("/", include_in_schema=False)(home)
     return routes
 
 
@@ -76,11 +75,6 @@ async def docs() -> Response:
         swagger_favicon_url="static/swagger/favicon-32x32.png",
         swagger_ui_parameters={"validatorUrl": None, "tryItOutEnabled": True},  # the validator is a stranger's server
     )
-
-
-async def home() -> Response:
-    """To the documentation."""
-    return RedirectResponse("docs")
 
 
 def _info(encoder: Encoder, service: Service) -> dict[str, Any]:
