@@ -338,7 +338,7 @@ class Slow(FakeEncoder):
     def run(self, images: np.ndarray, outputs: Sequence[str]) -> dict[str, np.ndarray]:
         if next(self.calls):
             self.inside.set()
-            assert self.go.wait(20)
+            assert self.go.wait(60)
         return super().run(images, outputs)
 
 
@@ -350,13 +350,13 @@ def test_a_full_queue_answers_429_at_once_and_counts_images(
     replies: list[Any] = []
     worker = threading.Thread(target=lambda: replies.append(as_form(client, photos[:2])))
     worker.start()
-    assert encoder.inside.wait(10)
+    assert encoder.inside.wait(60)
     refused = as_form(client, photos[:3])
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
     assert int(refused.headers["retry-after"]) >= 1
     assert 'patchsight_rejected_images_total{reason="overloaded"} 3.0' in client.get("/metrics").text
     encoder.go.set()
-    worker.join(10)
+    worker.join(60)
     assert replies[0].status_code == 200
     assert as_form(client, photos[:4]).status_code == 200
 
@@ -372,10 +372,10 @@ def test_an_encoder_that_hangs_answers_504_and_readyz_503(
     assert client.get("/readyz").status_code == 503
     assert client.get("/livez").status_code == 200
     encoder.go.set()
-    for _ in range(100):
-        if client.get("/readyz").status_code == 200:
-            break
-    assert as_raw(client, [png]).status_code == 200
+    for _ in range(1000):  # its deadline is short, and the machine may be busy
+        if as_raw(client, [png]).status_code == client.get("/readyz").status_code == 200:
+            return
+    raise AssertionError("it does not recover")
 
 
 # Attention

@@ -8,7 +8,7 @@ import pytest
 
 
 def python(code: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.mark.parametrize("module", ["app", "server", "__main__", "repository"])
@@ -35,7 +35,7 @@ def test_help_loads_no_engine_and_no_framework() -> None:
 
 def command(*flags: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "patchsight_serve", *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_no_encoder_is_explained(tmp_path: Path) -> None:

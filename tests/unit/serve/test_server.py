@@ -38,7 +38,7 @@ def start(tiny_bundle: Path) -> Iterator[Start]:
         with Path("log").open("w") as log:
             process = subprocess.Popen(command, stderr=log, stdout=log, text=True, env={**os.environ, **environment})
         processes.append(process)
-        for _ in range(600):
+        for _ in range(1200):
             if found := re.search(r"running on (http://\S+)", Path("log").read_text()):
                 return process, found[1]
             assert process.poll() is None, Path("log").read_text()
@@ -60,7 +60,7 @@ def test_a_process_serves_and_leaves(start: Start, tiny_bundle: Path, png: bytes
     raw = encoder.run(decode(png, encoder.manifest.transform)[None], ["cls_embedding"])["cls_embedding"][0]
     np.testing.assert_allclose(embedding["embedding"], raw / np.linalg.norm(raw), rtol=1e-5)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
     log = Path("log").read_text()
     assert "very-secret" not in log
     assert "max_batch = 32" in log
@@ -100,14 +100,14 @@ class Gated(FakeEncoder):
 
     def run(self, images: np.ndarray, outputs: Sequence[str]) -> dict[str, np.ndarray]:
         self.inside.set()
-        assert self.gate.wait(20)
+        assert self.gate.wait(60)
         return super().run(images, outputs)
 
 
 def test_requests_in_work_are_answered_after_term(png: bytes) -> None:
     """/readyz turns 503 while the door is still open; then the door closes; then the last request is answered."""
     encoder = Gated()
-    settings = ServeSettings(port=0, drain_delay_s=0.5, sample_gallery=False)
+    settings = ServeSettings(port=0, drain_delay_s=600, sample_gallery=False)
     server = Server(create_app({"fake": encoder}, settings), settings)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -118,18 +118,19 @@ def test_requests_in_work_are_answered_after_term(png: bytes) -> None:
         encoder.gate.clear()
         encoder.inside.clear()
         waiting = pool.submit(
-            httpx.post, f"{url}/embed", content=png, headers={"Content-Type": "image/png"}, timeout=20
+            httpx.post, f"{url}/embed", content=png, headers={"Content-Type": "image/png"}, timeout=60
         )
-        assert encoder.inside.wait(10)
+        assert encoder.inside.wait(60)
         server.handle_exit(signal.SIGTERM, None)
         assert httpx.get(f"{url}/readyz").status_code == 503
         assert httpx.get(f"{url}/encoders").status_code == 200
+        server.handle_exit(signal.SIGTERM, None)  # a second one ends the delay
         while server.servers[0].is_serving():
             time.sleep(0.01)
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/livez")
         assert not waiting.done()
         encoder.gate.set()
-        assert waiting.result(20).status_code == 200
-    thread.join(20)
+        assert waiting.result(60).status_code == 200
+    thread.join(60)
     assert not thread.is_alive()
