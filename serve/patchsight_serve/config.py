@@ -32,7 +32,7 @@ class CommandSettings(BaseSettings):
     config: Path | None = Field(None, description="TOML file with these settings (default: ./patchsight.toml if there)")
 
     @classmethod
-    def settings_customise_sources(
+    def settings_customise_sources(  # type: ignore[override]  # the rest of the sources is not used
         cls,
         settings_cls: type[BaseSettings],  # noqa: ARG003 - the signature is pydantic-settings'
         init_settings: PydanticBaseSettingsSource,

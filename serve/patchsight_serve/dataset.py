@@ -56,7 +56,7 @@ def read_dataset(source: str | Path) -> Dataset:
     if path.is_dir():
         parquet = sorted(path.glob("*.parquet"))
         return _from_parquet(parquet) if parquet else _from_folder(path)
-    files = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(str(source)))
+    files = [path] if path.is_file() else sorted(map(Path, glob.glob(str(source))))  # noqa: PTH207 - any root
     if not files:
         raise InvalidRequest(f"{source}: no such folder, file or glob of Parquet files")
     return _from_parquet(files)
