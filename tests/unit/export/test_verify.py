@@ -109,11 +109,10 @@ def test_the_same_graph_must_give_the_same_alone(
     """With torch out of the way, the comparison of one by one with a batch stands alone."""
     calls: list[int] = []
 
-    def drift(session: object, images: np.ndarray, outputs: dict[str, tuple[int, ...]]) -> list[np.ndarray]:
+    def drift(_: object, images: np.ndarray, outputs: dict[str, tuple[int, ...]]) -> list[np.ndarray]:
         calls.append(len(images))
-        return [
-            np.full((len(images), *shape), 1 + 0.001 * (len(images) == 1), np.float32) for shape in outputs.values()
-        ]
+        value = 1.001 if len(images) == 1 else 1
+        return [np.full((len(images), *shape), value, np.float32) for shape in outputs.values()]
 
     monkeypatch.setattr("patchsight_export.verify._run", drift)
     monkeypatch.setattr("patchsight_export.verify._torch", lambda _, images: drift(None, images, outputs))
