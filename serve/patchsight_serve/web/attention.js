@@ -1,6 +1,6 @@
 // Attention maps and embeddings as pictures. Maps are {h, w, values}, values row by row.
 
-const FINE = 16; // pixels per patch of a smooth layer
+const SMOOTH = 256; // pixels of a smooth layer's longer side, about
 const LONGEST = 960; // pixels of the picture's longer side, at most
 const OUTSIDE = 0.3; // opacity of what the encoder's crop leaves out
 
@@ -54,18 +54,19 @@ export function paint(canvas, map, smooth = false) {
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
-/** A map with FINE × FINE values per patch, bicubic, like the server's. */
+/** A map with many values per patch, bicubic, like the server's. */
 function enlarge({ h, w, values }) {
-  const wide = resample(values, h, w);
-  const turned = resample(transpose(wide, h, w * FINE), w * FINE, h);
-  return { h: h * FINE, w: w * FINE, values: transpose(turned, w * FINE, h * FINE) };
+  const fine = Math.max(2, Math.min(16, Math.round(SMOOTH / Math.max(h, w))));
+  const wide = resample(values, h, w, fine);
+  const turned = resample(transpose(wide, h, w * fine), w * fine, h, fine);
+  return { h: h * fine, w: w * fine, values: transpose(turned, w * fine, h * fine) };
 }
 
-/** Each of `rows` rows of `n` values to `n * FINE` values, by Catmull-Rom's cubic; the edges repeat. */
-function resample(values, rows, n) {
-  const out = new Float32Array(rows * n * FINE);
-  for (let x = 0; x < n * FINE; x++) {
-    const at = (x + 0.5) / FINE - 0.5;
+/** Each of `rows` rows of `n` values to `n * fine` values, by Catmull-Rom's cubic; the edges repeat. */
+function resample(values, rows, n, fine) {
+  const out = new Float32Array(rows * n * fine);
+  for (let x = 0; x < n * fine; x++) {
+    const at = (x + 0.5) / fine - 0.5;
     const left = Math.floor(at);
     const t = at - left;
     const weights = [
@@ -76,7 +77,7 @@ function resample(values, rows, n) {
     ];
     weights.forEach((weight, i) => {
       const column = Math.min(Math.max(left - 1 + i, 0), n - 1);
-      for (let y = 0; y < rows; y++) out[y * n * FINE + x] += weight * values[y * n + column];
+      for (let y = 0; y < rows; y++) out[y * n * fine + x] += weight * values[y * n + column];
     });
   }
   return out;

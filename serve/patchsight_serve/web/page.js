@@ -3,27 +3,16 @@
 // What is shown stands in the address: #/image/ID is a picture of the gallery, #/upload/N one of the person's own. So
 // every picture is a link, and the browser's way back works. Whatever comes from the server is set as text.
 
+import { ApiError, call, callJson, onKeyNeeded, pause } from "./api.js";
 import { compose, mean, paint, unpackHeads } from "./attention.js";
-import { ApiError, Lost, alive, call, callJson, onKeyNeeded, pause } from "./api.js";
+import { $, el, percent, plural } from "./elements.js";
+import { askForKey, complain, tell, titleOf } from "./messages.js";
+import { thumbnail } from "./thumbnails.js";
 
 const NEIGHBORS = 12;
 const SAMPLES = 10;
+const OBJECTIVES = { simclr: "SimCLR", mae: "MAE", dino: "DINO" };
 const WATCH_MS = 1500;
-const THUMBNAILS = 500; // kept at the same time
-const TITLES = {
-  400: "This cannot be read.",
-  401: "An API key is needed.",
-  404: "It is not there.",
-  409: "That does not fit.",
-  413: "Too large.",
-  415: "Not an image that this server reads.",
-  422: "This image is damaged.",
-  429: "The server is busy.",
-  503: "The server is not ready.",
-  504: "That took too long.",
-  507: "The server's disk is full.",
-};
-
 const app = {
   encoders: [],
   encoder: null, // its entry of /encoders
@@ -34,18 +23,6 @@ const app = {
   trail: [], // targets, from where the walk began
   turn: 0, // a reply that comes after the person went on is dropped
 };
-
-const $ = (id) => document.getElementById(id);
-
-/** An element with properties and children; strings become text, never HTML. */
-function el(name, properties = {}, ...children) {
-  const node = Object.assign(document.createElement(name), properties);
-  node.append(...children);
-  return node;
-}
-
-const plural = (n, one) => `${n.toLocaleString("en")} ${one}${n === 1 ? "" : "s"}`;
-const percent = (x, digits = 0) => `${(100 * x).toFixed(digits)} %`;
 
 /* ---- Start ---- */
 
@@ -73,11 +50,11 @@ function choose(encoder) {
   const { objective, architecture, parameters, embedding_dim, data, license, measured } = encoder.manifest;
   const knn = Object.entries(measured).filter(([, m]) => m?.headline?.accuracy);
   const facts = [
-    ["Learned by", objective],
+    ["Objective", OBJECTIVES[objective] ?? objective],
     ["Architecture", `${architecture}, ${(parameters / 1e6).toFixed(1)} M parameters`],
     ["Embedding", `${embedding_dim} numbers`],
-    ["Learned from", data],
-    ...knn.map(([name, m]) => [`${m.headline.k}-NN`, `${percent(m.headline.accuracy, 1)} right, ${name}`]),
+    ...knn.map(([name, m]) => [`${m.headline.k}-NN`, `${percent(m.headline.accuracy, 1)} (${name})`]),
+    ["Data", data],
     ["License", license],
   ];
   const fact = ([term, text]) => el("div", {}, el("dt", { textContent: term }), el("dd", { textContent: text }));
@@ -140,25 +117,6 @@ function markCurrent() {
 }
 
 /* ---- Pictures ---- */
-
-const thumbnails = new Map(); // id to a promise of an object URL; fetched, as an <img> could not send the key
-
-function thumbnailUrl(id) {
-  if (!thumbnails.has(id)) {
-    const path = `gallery/images/${encodeURIComponent(id)}/thumbnail`;
-    const url = call(path).then(async (reply) => URL.createObjectURL(await reply.blob()));
-    url.catch(() => thumbnails.delete(id));
-    thumbnails.set(id, url);
-    if (thumbnails.size > THUMBNAILS) thumbnails.delete(thumbnails.keys().next().value);
-  }
-  return thumbnails.get(id);
-}
-
-function thumbnail(id, alt) {
-  const image = el("img", { alt });
-  thumbnailUrl(id).then((url) => (image.src = url), () => (image.alt = `${alt} (no picture)`));
-  return image;
-}
 
 /** The bytes to encode: the person's own file where there is one, else the gallery's thumbnail. */
 async function bytesOf({ upload, id }) {
@@ -250,6 +208,7 @@ async function neighborsOf({ id }, bytes) {
 function show(shown) {
   walk(shown.target);
   app.shown = shown;
+  if (location.hash !== shown.target.key) history.replaceState(null, "", shown.target.key);
   const { target, image, embedding, maps, found } = shown;
   const name = target.upload?.file.name ?? target.id;
   $("notice").hidden = true;
@@ -312,6 +271,7 @@ function draw() {
   const { crop, resize } = app.encoder.manifest.transform;
   compose($("picture"), bitmap, crop / resize, { layer, opacity: $("opacity").value / 100, smooth });
   $("attention-note").textContent = map ? noteOf(map) : "This encoder has no attention to show.";
+  if (bitmap && bitmap.width !== bitmap.height) $("attention-note").textContent += " The encoder sees the square in the middle.";
   if (!bitmap) $("attention-note").textContent += " The browser cannot show this format, so the map stands alone.";
   const name = $("picture-name").textContent;
   const head = chosenHead() ? `head ${chosenHead() - 1}` : "the mean of all heads";
@@ -319,8 +279,9 @@ function draw() {
 }
 
 function noteOf({ h, w, values }) {
-  const strongest = percent(values.reduce((a, b) => Math.max(a, b)), 1);
-  return `The brightest of ${h} × ${w} patches has ${strongest} of the attention; spread evenly, each would have ${percent(1 / (h * w), 1)}.`;
+  const strongest = values.reduce((a, b) => Math.max(a, b));
+  const times = (strongest * h * w).toFixed(1);
+  return `The brightest of ${h} × ${w} patches has ${percent(strongest, 1)} of the attention, ${times} times an even share.`;
 }
 
 /* ---- Neighbors ---- */
@@ -336,7 +297,7 @@ function showNeighbors({ neighbors, vote, error, took }, image) {
   if (neighbors.length) showVote(vote, image, neighbors.length);
   const other = app.gallery.encoder && app.gallery.encoder.name !== app.encoder.name;
   $("neighbors-note").textContent = error
-    ? `${TITLES[error.status] ?? "That did not work."} ${error.message}`
+    ? `${titleOf(error)} ${error.message}`
     : !neighbors.length
       ? app.gallery.count
         ? "There is no other picture in the gallery."
@@ -377,58 +338,9 @@ async function add(event) {
   }
 }
 
-/* ---- Messages ---- */
-
 function timeOf({ all, ...stages }) {
   const parts = Object.entries(stages).map(([stage, ms]) => `${stage} ${ms.toFixed(1)} ms`);
-  return [...parts, `${all.toFixed(0)} ms in all`].join(" · ");
-}
-
-function complain(error, again, prefix = "") {
-  const lost = error instanceof Lost;
-  if (!lost && !(error instanceof ApiError)) console.error(error);
-  if (lost) {
-    tell("The server does not answer.", "The page goes on as soon as it is back.");
-    waitFor(again);
-  } else {
-    const worthwhile = [401, 429, 503, 504].includes(error.status);
-    tell(TITLES[error.status] ?? "Something went wrong.", prefix + error.message, worthwhile ? again : null);
-  }
-}
-
-/** A message above the picture; with `again`, a button that tries again. */
-function tell(title, text, again = null) {
-  $("notice-title").textContent = title;
-  $("notice-text").textContent = text;
-  $("notice").hidden = false;
-  $("retry").hidden = !again;
-  $("retry").onclick = () => {
-    $("notice").hidden = true;
-    again();
-  };
-}
-
-let waiting = false;
-
-async function waitFor(again) {
-  if (waiting) return;
-  waiting = true;
-  while (!(await alive())) await pause(WATCH_MS);
-  waiting = false;
-  $("notice").hidden = true;
-  again();
-}
-
-/** The dialog that asks for the API key: resolves to it, or to null. */
-function askForKey(refused) {
-  const dialog = $("key-dialog");
-  if (refused) $("key-note").textContent = "The server refused that key. Try another one.";
-  $("key").value = "";
-  dialog.returnValue = "";
-  dialog.showModal();
-  return new Promise((done) => {
-    dialog.onclose = () => done(dialog.returnValue || null);
-  });
+  return [...parts, `answered in ${all.toFixed(0)} ms`].join(" · ");
 }
 
 /* ---- Wiring ---- */

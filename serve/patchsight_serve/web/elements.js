@@ -1,0 +1,13 @@
+// Elements of the page, made and found; and numbers as text.
+
+export const $ = (id) => document.getElementById(id);
+
+/** An element with properties and children; strings become text, never HTML. */
+export function el(name, properties = {}, ...children) {
+  const node = Object.assign(document.createElement(name), properties);
+  node.append(...children);
+  return node;
+}
+
+export const plural = (n, one) => `${n.toLocaleString("en")} ${one}${n === 1 ? "" : "s"}`;
+export const percent = (x, digits = 0) => `${(100 * x).toFixed(digits)} %`;

@@ -1,0 +1,31 @@
+// The gallery's thumbnails. They are fetched, and shown as object URLs, as an <img> could not send the API key.
+
+import { call } from "./api.js";
+import { el } from "./elements.js";
+
+const KEPT = 500; // at the same time
+
+const thumbnails = new Map(); // id to a promise of an object URL
+
+function thumbnailUrl(id) {
+  if (!thumbnails.has(id)) {
+    const path = `gallery/images/${encodeURIComponent(id)}/thumbnail`;
+    const url = call(path).then(async (reply) => URL.createObjectURL(await reply.blob()));
+    url.catch(() => thumbnails.delete(id));
+    thumbnails.set(id, url);
+    if (thumbnails.size > KEPT) forget(thumbnails.keys().next().value);
+  }
+  return thumbnails.get(id);
+}
+
+function forget(id) {
+  thumbnails.get(id).then(URL.revokeObjectURL, () => null); // what shows it already keeps it
+  thumbnails.delete(id);
+}
+
+/** An <img> that gets its picture as soon as it is there. */
+export function thumbnail(id, alt) {
+  const image = el("img", { alt });
+  thumbnailUrl(id).then((url) => (image.src = url), () => (image.alt = `${alt} (no picture)`));
+  return image;
+}
