@@ -5,6 +5,8 @@ a few more than are wanted, those are scored again in float64 (rounded to float3
 rounding error of FAISS provably cannot hide a better one. Knows vectors and integer keys, no images.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import faiss
@@ -52,6 +54,18 @@ def cosine(vectors: F32, query: F32) -> F32:
     return scores
 
 
+@contextmanager
+def _threads_for(queries: int) -> Iterator[None]:
+    """One thread for a single query: OpenMP's would spin, and on cores that others use also a search of milliseconds
+    takes them a second. Requests bring threads of their own. Set for the calling thread alone."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1 if queries == 1 else before)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
 def nearest(index: Any, queries: F32, k: int, selector: Any = None) -> list[tuple[I64, F32]]:
     """For each unit query of `(Q, D)`: keys and scores, in any order, of at least all vectors that may belong to the
     best `k`, ties at the k-th place included. Sorting by score and by the caller's own rule for ties gives exactly
@@ -67,7 +81,8 @@ def nearest(index: Any, queries: F32, k: int, selector: Any = None) -> list[tupl
     error = index.d * 2.0**-23
     pending, fetch = np.arange(len(queries)), min(k + MARGIN, index.ntotal)
     while pending.size:
-        approximate, keys = index.search(queries[pending], fetch, params=params)
+        with _threads_for(len(queries)):
+            approximate, keys = index.search(queries[pending], fetch, params=params)
         unsettled = []
         for row, q in enumerate(pending):
             mine = keys[row][keys[row] >= 0]
