@@ -1,6 +1,6 @@
 """k-NN while training: how good are the embeddings right now? DINO's protocol (arXiv:2104.14294, section 4.1).
 
-The server's `patchsight_serve.knn` says the same in FAISS and numpy, for millions; a test holds the two equal.
+The server's `patchsight_serve.protocol` says the same in FAISS and numpy, for millions; a test holds the two equal.
 """
 
 from dataclasses import dataclass

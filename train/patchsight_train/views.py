@@ -102,14 +102,13 @@ def resample_matrix(start: Tensor, length: Tensor, n: int, S: int, filter: str) 
     Pillow's and torchvision's antialiased resampling of the interval [start, start + length): the filter widens when
     shrinking, and never looks outside of the interval.
     """
-    scale = (length / S).view(-1, 1, 1)
-    stretch = scale.clamp(min=1)
+    length = length.float().view(-1, 1, 1)
     i = torch.arange(S, device=start.device).view(1, S, 1)
-    j = torch.arange(n, device=start.device).view(1, 1, n)
-    start = start.view(-1, 1, 1)
-    distance = (j + 0.5 - (start + (i + 0.5) * scale)) / stretch
+    j = torch.arange(n, device=start.device).view(1, 1, n) - start.float().view(-1, 1, 1)
+    # (j + ½) − (i + ½) · length / S over the stretch max(length / S, 1), with whole numbers up to the one division.
+    distance = ((2 * j + 1) * S - (2 * i + 1) * length) / (2 * length.clamp(min=S))
     weights = _triangle(distance) if filter == "bilinear" else _cubic(distance)
-    weights = weights * ((j >= start) & (j < start + length.view(-1, 1, 1)))
+    weights = weights * ((j >= 0) & (j < length))
     return weights / weights.sum(dim=2, keepdim=True)
 
 

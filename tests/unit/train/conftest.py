@@ -1,0 +1,115 @@
+"""Real photos, pictures on disk, and a trainer of a tiny encoder. One thread, on any machine."""
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import Generator, Tensor
+
+from patchsight_serve.sample_gallery import SAMPLES
+from patchsight_train.__main__ import build
+from patchsight_train.data import Images, load_images
+from patchsight_train.loop import Trainer
+from patchsight_train.settings import SETTINGS, TrainSettings
+
+TINY: dict[str, Any] = {
+    "image_size": 16, "patch_size": 4, "width": 16, "depth": 1, "heads": 2, "epochs": 3, "batch_size": 8,
+    "warmup_epochs": 1, "device": "cpu", "precision": "fp32", "knn_every": 0,
+}  # fmt: skip
+SMALL_HEADS: dict[str, dict[str, Any]] = {
+    "mae": {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2},
+    "simclr": {"projection_hidden": 32, "projection_width": 16},
+    "dino": {"prototypes": 32, "head_hidden": 32, "bottleneck": 16},
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def generator() -> Generator:
+    return Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def photos() -> Images:
+    """The 200 photos that ship with the project: uint8 `(200, 3, 32, 32)`, with labels."""
+    return load_images([str(SAMPLES)], 32, None, Console(file=io.StringIO()))
+
+
+@pytest.fixture(scope="session")
+def pictures() -> Tensor:
+    """float32 `(6, 3, 24, 24)` in 0..1: noise, smooth color, gray, black, white, and one saturated color."""
+    rng = torch.Generator().manual_seed(3)
+    y, x = torch.meshgrid(torch.linspace(0, 1, 24), torch.linspace(0, 1, 24), indexing="ij")
+    noise = torch.rand(3, 24, 24, generator=rng)
+    gray = torch.rand(1, 24, 24, generator=rng).expand(3, -1, -1)
+    red = torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1).expand(3, 24, 24)
+    return torch.stack([noise, torch.stack([x, y, 1 - x]), gray, torch.zeros_like(noise), torch.ones_like(noise), red])
+
+
+@pytest.fixture
+def settings() -> Callable[..., TrainSettings]:
+    """`settings("mae", **changes)`: a tiny encoder and head, three epochs."""
+
+    def settings(objective: str, **changes: Any) -> TrainSettings:
+        return SETTINGS[objective](data=["unread"], **TINY | SMALL_HEADS[objective] | changes)
+
+    return settings
+
+
+@pytest.fixture
+def trainer(tmp_path: Path, settings: Callable[..., TrainSettings]) -> Callable[..., Trainer]:
+    """`trainer("mae", pixels, run="name", **changes)`: ready to train on uint8 `(N, 3, S, S)`, or to resume."""
+
+    def trainer(objective: str, pixels: Tensor, run: str = "run", **changes: Any) -> Trainer:
+        chosen = settings(objective, **{"image_size": pixels.shape[-1], **changes})
+        torch.manual_seed(chosen.seed)
+        folder = tmp_path / run
+        folder.mkdir(exist_ok=True)
+        return Trainer(build(chosen), Images(pixels, None), None, chosen, folder, Console(file=io.StringIO()))
+
+    return trainer
+
+
+@pytest.fixture
+def advance() -> Callable[[Trainer, int], list[dict[str, float]]]:
+    """`advance(trainer, steps)`: so many updates, without checkpoints; their metrics."""
+
+    def advance(trainer: Trainer, steps: int) -> list[dict[str, float]]:
+        found = []
+        for _ in range(steps):
+            found.append(trainer.update(trainer.batch()))
+            trainer.step += 1
+        return found
+
+    return advance
+
+
+@pytest.fixture
+def random_pixels() -> Tensor:
+    """uint8 `(20, 3, 16, 16)`."""
+    return torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8, generator=Generator().manual_seed(5))
+
+
+@pytest.fixture
+def picture_folder(tmp_path: Path) -> Path:
+    """Twelve 20 × 16 PNGs in two class folders: `cats` and `dogs`."""
+    rng = np.random.default_rng(11)
+    root = tmp_path / "pictures"
+    for i in range(12):
+        folder = root / ("cats" if i % 2 else "dogs")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 16, 3), dtype=np.uint8)).save(folder / f"{i:02}.png")
+    return root

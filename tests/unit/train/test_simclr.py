@@ -1,0 +1,106 @@
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from patchsight_train.data import Images
+from patchsight_train.loop import Trainer
+from patchsight_train.simclr import nt_xent
+
+
+def algorithm_1(z: Tensor, temperature: float) -> Tensor:
+    """NT-Xent by the loops of the paper's Algorithm 1, whose views of image k are 2k − 1 and 2k."""
+    N = len(z) // 2
+    z = torch.stack([z[i + view * N] for i in range(N) for view in range(2)])
+    s = [[z[i] @ z[j] / (z[i].norm() * z[j].norm()) for j in range(2 * N)] for i in range(2 * N)]
+
+    def ell(i: int, j: int) -> Tensor:
+        others = [torch.exp(s[i][k] / temperature) for k in range(2 * N) if k != i]
+        return -torch.log(torch.exp(s[i][j] / temperature) / torch.stack(others).sum())
+
+    total = torch.zeros((), dtype=z.dtype)
+    for k in range(N):
+        total = total + ell(2 * k, 2 * k + 1) + ell(2 * k + 1, 2 * k)
+    return total / (2 * N)
+
+
+@pytest.mark.parametrize("B", [1, 2, 5, 9])
+@pytest.mark.parametrize("Z", [2, 16])
+@pytest.mark.parametrize("temperature", [0.07, 0.2, 1.0])
+def test_loss_and_gradient_are_those_of_algorithm_1(B: int, Z: int, temperature: float, generator: Generator) -> None:
+    z = 3 * torch.randn(2 * B, Z, generator=generator)
+    ours, slow = z.clone().requires_grad_(), z.double().requires_grad_()
+    loss, expected = nt_xent(ours, temperature)[0], algorithm_1(slow, temperature)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.grad, slow.grad.float(), atol=1e-5, rtol=1e-4)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("B", [2, 8, 100])
+def test_equal_vectors_cost_the_logarithm_of_the_others(B: int) -> None:
+    loss, _ = nt_xent(torch.ones(2 * B, 4), 0.2)
+    assert loss.item() == pytest.approx(math.log(2 * B - 1), abs=1e-5)
+
+
+def test_order_of_the_images_and_of_the_views_plays_no_part(generator: Generator) -> None:
+    z = torch.randn(16, 8, generator=generator)
+    order = torch.randperm(8, generator=generator)
+    loss, accuracy = nt_xent(z, 0.2)
+    for other in (torch.cat([z[:8][order], z[8:][order]]), torch.cat([z[8:], z[:8]])):
+        torch.testing.assert_close(nt_xent(other, 0.2)[0], loss)
+        assert nt_xent(other, 0.2)[1] == accuracy
+    assert not torch.isclose(nt_xent(torch.cat([z[:8][order], z[8:]]), 0.2)[0], loss)  # pairs torn apart
+
+
+def test_accuracy_is_the_share_of_rows_nearest_to_their_pair(generator: Generator) -> None:
+    z = torch.randn(40, 3, generator=generator)
+    z[20:] = z[:20] + 0.3 * torch.randn(20, 3, generator=generator)
+    hits = 0
+    for i in range(40):
+        cosine = [float(z[i] @ z[j] / (z[i].norm() * z[j].norm())) if j != i else -2.0 for j in range(40)]
+        hits += cosine.index(max(cosine)) == (i + 20) % 40
+    assert 0 < hits < 40
+    assert nt_xent(z, 0.2)[1].item() == pytest.approx(hits / 40)
+
+
+def test_half_precision_is_computed_in_float32(generator: Generator) -> None:
+    z = (200 * torch.randn(12, 8, generator=generator)).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = nt_xent(z, 0.1)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, nt_xent(z.float(), 0.1)[0], atol=0, rtol=0)
+
+
+def test_both_views_of_a_picture_are_a_pair(
+    trainer: Callable[..., Trainer], random_pixels: Tensor, generator: Generator
+) -> None:
+    objective = trainer("simclr", random_pixels).objective
+    first, second = objective.views(random_pixels, generator)
+    assert first.shape == second.shape == random_pixels.shape
+    assert (first - second).abs().flatten(1).amax(dim=1).min() > 0.1
+    assert objective.loss([first, first], generator)[0] < objective.loss([first, second.flip(0)], generator)[0]
+
+
+def test_learns_from_real_photos(
+    trainer: Callable[..., Trainer], photos: Images, advance: Callable[[Trainer, int], list[dict[str, float]]]
+) -> None:
+    learner = trainer(
+        "simclr", photos.pixels, patch_size=8, width=48, depth=2, epochs=15, batch_size=100, lr=2e-3,
+        projection_hidden=256, projection_width=64, crop_scale=(0.3, 1.0), color_strength=0.3,
+    )  # fmt: skip
+
+    @torch.no_grad()
+    def judge() -> tuple[float, float]:
+        generator = Generator().manual_seed(9)  # the same views before and after
+        loss, extra = learner.objective.loss(learner.objective.views(photos.pixels, generator), generator)
+        return loss.item(), extra["contrastive_accuracy"].item()
+
+    loss, accuracy = judge()
+    advance(learner, 30)
+    trained_loss, trained_accuracy = judge()
+    assert trained_loss < loss - 0.5
+    assert trained_accuracy > accuracy + 0.03
+    assert trained_accuracy > 20 / 399  # twenty times chance
