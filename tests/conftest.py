@@ -1,9 +1,14 @@
-"""What every test may use: the labelled images, a clean environment, and encoded pictures of all kinds."""
+"""What every test may use: the labelled images, a clean environment, the commands, and a running server."""
 
 import os
-from collections.abc import Generator
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,3 +43,57 @@ def data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no labelled images at {folder}; set PATCHSIGHT_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def command() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run one of our commands as a user would: `command("patchsight-train", "simclr", "--data", …)`."""
+
+    def run(name: str, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+        line = [str(Path(sys.executable).parent / name), *map(str, arguments)]
+        return subprocess.run(line, capture_output=True, text=True, timeout=240, **options)  # type: ignore[call-overload]
+
+    return run
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Start a real server as a process of its own and wait until it is ready: `url = serve("--max-images", 8)`.
+
+    Every server that a test starts must leave with exit code 0 when told to, at the latest at the test's end.
+    """
+    running: list[subprocess.Popen[bytes]] = []
+
+    def start(*arguments: object) -> str:
+        log = (tmp_path / f"serve-{len(running)}.log").open("wb")
+        line = [
+            str(Path(sys.executable).parent / "patchsight-serve"),
+            "--port",
+            "0",
+            "--state-dir",
+            str(tmp_path / "state"),
+        ]
+        process = subprocess.Popen([*line, *map(str, arguments)], stdout=log, stderr=log)
+        running.append(process)
+        return _address(process, Path(log.name))
+
+    yield start
+    for process in running:
+        process.send_signal(signal.SIGTERM)
+    assert [process.wait(timeout=40) for process in running] == [0] * len(running)
+
+
+def _address(process: subprocess.Popen[bytes], log: Path, patience_s: float = 60) -> str:
+    """The URL that a starting server reports, once /readyz answers 200."""
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline and process.poll() is None:
+        said = [word for word in log.read_text().split() if word.startswith("http://127.0.0.1:")]
+        if said:
+            url = said[0].rstrip("/")
+            try:
+                if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
+                    return url
+            except httpx.TransportError:
+                pass  # not listening yet
+        time.sleep(0.1)
+    raise AssertionError(f"the server did not become ready:\n{log.read_text()}")

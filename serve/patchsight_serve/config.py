@@ -32,12 +32,13 @@ class CommandSettings(BaseSettings):
     config: Path | None = Field(None, description="TOML file with these settings (default: ./patchsight.toml if there)")
 
     @classmethod
-    def settings_customise_sources(  # type: ignore[override]  # the rest of the sources is not used
+    def settings_customise_sources(  # the rest of the sources is not used
         cls,
         settings_cls: type[BaseSettings],  # noqa: ARG003 - the signature is pydantic-settings'
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
-        **_: Any,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - no .env files, no secret files
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return env_settings, init_settings  # first wins; the command line goes in front of both
 
