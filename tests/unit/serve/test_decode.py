@@ -341,15 +341,27 @@ def broken(draw: st.DrawFn) -> bytes:
     return bytes(data[: draw(st.integers(0, len(data)))] if draw(st.booleans()) else data)
 
 
-@settings(max_examples=500, deadline=None)
-@given(data=broken())
-def test_broken_files_are_decoded_or_refused_and_nothing_else(data: bytes) -> None:
+def decoded_or_refused(data: bytes) -> None:
     try:
         pixels = decode(data, TRANSFORM, Limits(max_pixels=1_000_000))
     except PatchsightError as error:
         assert 400 <= error.status < 500  # noqa: PT017 - decoding is a right answer as well
     else:
         assert pixels.shape == (16, 16, 3)
+
+
+@settings(max_examples=500, deadline=None)
+@given(data=broken())
+def test_broken_files_are_decoded_or_refused_and_nothing_else(data: bytes) -> None:
+    decoded_or_refused(data)
+
+
+@pytest.mark.acceptance
+@pytest.mark.timeout(3600)
+@settings(max_examples=100_000, deadline=None, database=None)
+@given(data=broken())
+def test_a_hundred_thousand_broken_files(data: bytes) -> None:
+    decoded_or_refused(data)
 
 
 def test_warnings_of_pillow_reach_nobody(picture: np.ndarray, encode: Encode) -> None:
