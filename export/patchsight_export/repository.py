@@ -76,7 +76,7 @@ def record(bundle: Path, measurement: Path) -> None:
         raise InvalidRequest(f"{bundle}: no such bundle; a measurement belongs to one that is published")
     with _alone(bundle.parent):
         manifest = load_manifest(bundle)
-        encoder = values.pop("encoder", None)
+        encoder = values.get("encoder")
         if isinstance(encoder, dict) and encoder.get("sha256", manifest.sha256) != manifest.sha256:
             raise InvalidRequest(
                 f"{measurement}: its encoder is {encoder.get('name')!r} of sha256 {encoder['sha256']}, but {bundle} "

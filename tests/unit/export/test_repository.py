@@ -163,7 +163,7 @@ def test_a_measurement_keeps_the_identity(tmp_path: Path, signed: Manifest) -> N
     record(bundle, other)
     knn.write_text(json.dumps(told | {"accuracy": {"20": 0.6}}))
     record(bundle, knn)
-    measured = {"cifar10-knn": {"protocol": {"k": 20}, "accuracy": {"20": 0.6}}, "linear": {"accuracy": 0.7}}
+    measured = {"cifar10-knn": told | {"accuracy": {"20": 0.6}}, "linear": {"accuracy": 0.7}}
     assert load_manifest(bundle) == signed.model_copy(update={"measured": measured})
     after = content(bundle)
     assert after.keys() == before.keys()
