@@ -1,0 +1,338 @@
+"""The page in a real Chromium, against a real server with the shipped encoder and its sample gallery."""
+
+import base64
+import io
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+from playwright.sync_api import Browser, BrowserContext, Page, ViewportSize, expect, sync_playwright
+
+from patchsight_serve.dataset import read_dataset
+from patchsight_serve.sample_gallery import SAMPLES
+
+MODELS = Path(__file__).resolve().parents[2] / "model_repository"
+SCREENSHOTS = os.environ.get("PATCHSIGHT_SCREENSHOTS")  # read now: tests run without the person's own variables
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+DESKTOP, PHONE = ViewportSize(width=1280, height=900), ViewportSize(width=320, height=640)
+PATIENCE_MS = 30_000
+SAMPLES_COUNT = 200
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium. One per module, not per session: while it is open, no other test could run an event loop."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no `chromium` on the PATH")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def url(serve: Callable[..., str]) -> str:
+    """A server whose sample gallery is complete."""
+    url = start(serve)
+    wait_for_samples(url)
+    return url
+
+
+def start(serve: Callable[..., str], *flags: object) -> str:
+    if not any(MODELS.glob("*/encoder.json")):
+        pytest.skip(f"no encoder in {MODELS}")
+    return serve("--model-repository", MODELS, "--threads", 1, "--drain-delay-s", 0, *flags)
+
+
+def wait_for_samples(url: str, key: str = "none") -> None:
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}) as client:
+        for _ in range(600):
+            if client.get("/gallery").json()["count"] == SAMPLES_COUNT:
+                return
+            time.sleep(0.1)
+    raise AssertionError("the sample photos were not indexed")
+
+
+class Visit:
+    """A person at the page; remembers what they would not see: requests, and what the console says."""
+
+    def __init__(self, browser: Browser, url: str, viewport: ViewportSize = DESKTOP, scheme: str = "light") -> None:
+        self.url = url
+        self.context: BrowserContext = browser.new_context(viewport=viewport, color_scheme=scheme)  # type: ignore[arg-type]
+        self.context.set_default_timeout(PATIENCE_MS)
+        self.page: Page = self.context.new_page()
+        self.requests: list[str] = []
+        self.problems: list[str] = []
+        self.context.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.on("console", lambda m: self.problems.append(m.text) if m.type in ("error", "warning") else None)
+
+    def open(self, path: str = "/") -> Page:
+        """Go there and wait until a picture is shown."""
+        self.page.goto(self.url + path)
+        expect(self.page.locator("#neighbors img[src]").first).to_be_visible(timeout=PATIENCE_MS)
+        return self.page
+
+    def upload(self, name: str, data: bytes) -> None:
+        self.page.locator("#file").set_input_files({"name": name, "mimeType": "image/jpeg", "buffer": data})
+
+    def shown(self, name: str) -> None:
+        """Wait until this picture is the one on view."""
+        expect(self.page.locator("#picture-name")).to_have_text(name, timeout=PATIENCE_MS)
+
+    def pixels(self, selector: str = "#picture") -> np.ndarray:
+        """uint8 `(h, w, 4)` of a canvas."""
+        png = self.page.locator(selector).evaluate("canvas => canvas.toDataURL()")
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(png.partition(",")[2]))).convert("RGBA"))
+
+    def screenshot(self, name: str) -> None:
+        if SCREENSHOTS:
+            self.page.mouse.move(0, 0)
+            self.page.wait_for_timeout(500)  # transitions
+            self.page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png", full_page=True)
+
+    def end(self, allowed: str | None = None) -> None:
+        """Leave. Nothing was asked of anybody else, and the console has no complaint but `allowed`."""
+        strangers = [u for u in self.requests if not u.startswith((self.url, "blob:", "data:"))]
+        assert strangers == []
+        assert [p for p in self.problems if not (allowed and re.search(allowed, p))] == []
+        self.context.close()
+
+
+@pytest.fixture
+def visit(browser: Browser, url: str) -> Visit:
+    """A person who comes to the page with a desktop computer."""
+    return Visit(browser, url)
+
+
+@pytest.fixture(scope="module")
+def photo() -> bytes:
+    """A photo that is not in the gallery, though one like it is: JPEG, portrait."""
+    sample = Image.open(io.BytesIO(read_dataset(SAMPLES).read(7)))
+    return jpeg(ImageOps.mirror(sample.convert("RGB")))
+
+
+def jpeg(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def names(visit: Visit) -> list[str]:
+    """The ids of the neighbors on view."""
+    hrefs = visit.page.locator("#neighbors a").evaluate_all("links => links.map(link => link.hash)")
+    return [href.removeprefix("#/image/") for href in hrefs]
+
+
+def test_first_visit_in_both_themes_and_on_a_phone(browser: Browser, url: str) -> None:
+    """Who comes empty-handed sees a sample: attention, neighbors with labels, a vote, and what the encoder is."""
+    manifest = httpx.get(f"{url}/encoders").json()["encoders"][0]["manifest"]
+    for name, viewport, scheme in (
+        ("page", DESKTOP, "light"), ("page-dark", DESKTOP, "dark"), ("page-phone", PHONE, "light"),
+    ):  # fmt: skip
+        visit = Visit(browser, url, viewport, scheme)
+        page = visit.open()
+        expect(page.locator("#neighbors li")).to_have_count(12)
+        for text in page.locator("#neighbors li").all_inner_texts():
+            assert re.fullmatch(r"[a-z-]+\s+[01]\.\d{3}", text)
+        expect(page.locator("#vote")).to_contain_text(re.compile(r"The 12 nearest say [a-z-]+, with \d+ % of the vote"))
+        expect(page.locator("#card")).to_contain_text(manifest["architecture"])
+        expect(page.locator("#card")).to_contain_text(manifest["license"])
+        expect(page.locator("#embed-time")).to_have_text(re.compile(r"decode [\d.]+ ms · queue .* · infer .*"))
+        assert visit.pixels()[..., :3].std() > 10
+        assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+        paper = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
+        assert (sum(paper) < 200) == (scheme == "dark")
+        visit.screenshot(name)
+        visit.end()
+
+
+def test_attention_of_each_head(visit: Visit, photo: bytes) -> None:
+    page = visit.open()
+    visit.upload("mine.jpg", photo)
+    visit.shown("mine.jpg")
+    reply = httpx.post(f"{visit.url}/embed", params={"outputs": "attention"}, files={"images": photo})
+    packed = reply.json()["results"][0]["attention"]
+    maps = np.frombuffer(base64.b64decode(packed["data"]), "<f4").reshape(packed["shape"])
+    for i, map in enumerate([maps.mean(axis=0), *maps]):
+        small = visit.pixels(f"#heads label:nth-child({i + 1}) canvas")[..., :3].astype(float)
+        assert small.shape[:2] == map.shape
+        light = small @ [0.2, 0.7, 0.1]
+        assert np.corrcoef(ranks(light), ranks(map))[0, 1] > 0.98
+
+    mean = visit.pixels()
+    page.get_by_role("radio", name="Head 1").check()
+    one = visit.pixels()
+    height, width = mean.shape[:2]
+    top = (height - width) // 2
+    assert (mean[top:-top] != one[top:-top]).any(axis=2).mean() > 0.5
+    assert (mean[: top - 1] == one[: top - 1]).all()  # outside the square that the encoder sees
+    page.get_by_role("radio", name="Head 1").press("ArrowRight")
+    expect(page.get_by_role("radio", name="Head 2")).to_be_checked()
+    assert (visit.pixels() != one).any()
+
+    smooth = visit.pixels()
+    page.get_by_role("radio", name="Patches").check()
+    assert (visit.pixels() != smooth).any()
+    page.get_by_label("Overlay").fill("0")
+    bare = visit.pixels()[top:-top, :, :3].astype(float)
+    picture = Image.open(io.BytesIO(photo)).resize((width, height), Image.Resampling.BICUBIC)
+    assert np.abs(bare - np.asarray(picture)[top:-top]).mean() < 3
+    visit.end()
+
+
+def ranks(map: np.ndarray) -> np.ndarray:
+    """Each value's place in the order of all."""
+    return np.argsort(np.argsort(map.ravel()))
+
+
+def test_walk_from_neighbor_to_neighbor_and_back(visit: Visit, photo: bytes) -> None:
+    page = visit.open()
+    visit.upload("mine.jpg", photo)
+    visit.shown("mine.jpg")
+    found = httpx.post(f"{visit.url}/neighbors", params={"k": 12}, files={"images": photo}).json()["neighbors"]
+    assert names(visit) == [n["id"] for n in found]
+
+    first = names(visit)[0]
+    page.locator("#neighbors a").first.click()
+    visit.shown(first)
+    expected = httpx.get(f"{visit.url}/neighbors", params={"k": 12, "id": first}).json()["neighbors"]
+    assert names(visit) == [n["id"] for n in expected]
+    expect(page.locator("#neighbors li").first).to_contain_text(f"{expected[0]['score']:.3f}")
+    second = names(visit)[1]
+    page.locator("#neighbors a").nth(1).press("Enter")
+    visit.shown(second)
+    links = page.locator("#trail a")
+    hrefs = [f"#/image/{i}" for i in (first, second)]
+    assert links.evaluate_all("links => links.map(link => link.hash)") == ["#/upload/0", *hrefs]
+    expect(links.last).to_have_attribute("aria-current", "true")
+
+    page.go_back()
+    visit.shown(first)
+    expect(links).to_have_count(2)
+    links.first.click()
+    visit.shown("mine.jpg")
+    expect(page.locator("#trail")).to_be_hidden()
+    visit.end()
+
+
+def test_a_bad_file_is_told_and_harms_nothing(visit: Visit, photo: bytes) -> None:
+    page = visit.open()
+    before = page.locator("#picture-name").inner_text()
+    notice = page.get_by_role("alert")
+    for name, data, message in (
+        ("notes.jpg", b"these are notes", "Not an image that this server reads. notes.jpg: "),
+        ("half.jpg", photo[: len(photo) // 2], "This image is damaged. half.jpg: "),
+        ("nothing.jpg", b"", "This cannot be read. nothing.jpg: the image is empty"),
+    ):
+        visit.upload(name, data)
+        expect(notice).to_contain_text(message, timeout=PATIENCE_MS)
+        visit.shown(before)
+    page.get_by_role("button", name="Close the message").click()
+    expect(notice).to_be_hidden()
+    visit.upload("good.jpg", photo)
+    visit.shown("good.jpg")
+    tiff = io.BytesIO()
+    Image.open(io.BytesIO(photo)).save(tiff, "TIFF")
+    visit.upload("scan.tif", tiff.getvalue())  # read by the server, not by Chromium
+    visit.shown("scan.tif")
+    expect(page.locator("#attention-note")).to_contain_text("the map stands alone")
+    visit.end(allowed=r"status of (400|415|422)|ERR_FILE_NOT_FOUND")
+
+
+def test_what_is_added_is_found_and_its_label_is_only_text(visit: Visit, photo: bytes) -> None:
+    page = visit.open()
+    visit.upload("mine.jpg", photo)
+    visit.shown("mine.jpg")
+    label = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+    page.get_by_label("Keep this picture").fill(label)
+    page.get_by_role("button", name="Add to the gallery").click()
+    expect(page.locator("#picture-label")).to_have_text(f"labelled {label}", timeout=PATIENCE_MS)
+    expect(page.locator("#gallery-note")).to_contain_text("201 pictures")
+    visit.screenshot("page-label")
+
+    nearly = jpeg(Image.open(io.BytesIO(photo)).crop((1, 1, 159, 212)))
+    visit.upload("nearly.jpg", nearly)
+    visit.shown("nearly.jpg")
+    expect(page.locator("#neighbors .name", has_text=label)).to_have_text(label)
+    assert page.title() == "nearly.jpg · patchsight"
+    assert page.locator("img[src=x], main script").count() == 0
+
+    visit.upload("again.jpg", photo)
+    visit.shown("again.jpg")
+    page.get_by_role("button", name="Add to the gallery").click()
+    expect(page.get_by_role("alert")).to_contain_text("It is there already.")
+    visit.end()
+
+
+def test_the_key_is_asked_for_once(browser: Browser, serve: Callable[..., str]) -> None:
+    url = start(serve, "--api-keys", "open sesame,other")
+    wait_for_samples(url, "other")
+    visit = Visit(browser, url)
+    page = visit.page
+    page.goto(url)
+    dialog = page.get_by_role("dialog")
+    expect(dialog).to_be_visible()
+    dialog.get_by_role("button", name="Cancel").click()
+    expect(page.get_by_role("alert")).to_contain_text("An API key is needed.")
+    page.get_by_role("button", name="Try again").click()
+    dialog.get_by_label("API key").fill("wrong")
+    dialog.get_by_label("API key").press("Enter")
+    expect(dialog).to_contain_text("The server refused that key.")
+    dialog.get_by_label("API key").fill("open sesame")
+    dialog.get_by_role("button", name="Continue").click()
+    expect(page.locator("#neighbors img[src]")).to_have_count(12, timeout=PATIENCE_MS)
+    loaded = "images => images.every(image => image.complete && image.naturalWidth > 0)"
+    assert page.locator("#neighbors img, #strip img").evaluate_all(loaded)
+    page.reload()
+    expect(page.locator("#neighbors img[src]")).to_have_count(12, timeout=PATIENCE_MS)
+    expect(dialog).to_be_hidden()
+    visit.end(allowed="status of 401")
+
+
+def test_a_lost_server_is_waited_for(visit: Visit, photo: bytes) -> None:
+    page = visit.open()
+    visit.context.set_offline(True)
+    visit.upload("mine.jpg", photo)
+    expect(page.get_by_role("alert")).to_contain_text("The server does not answer.")
+    visit.context.set_offline(False)
+    visit.shown("mine.jpg")
+    expect(page.get_by_role("alert")).to_be_hidden()
+    visit.end(allowed="ERR_INTERNET_DISCONNECTED")
+
+
+def test_an_empty_gallery_says_so_and_fills(browser: Browser, serve: Callable[..., str], photo: bytes) -> None:
+    visit = Visit(browser, start(serve, "--no-sample-gallery"))
+    page = visit.page
+    page.goto(visit.url)
+    expect(page.locator("#gallery-note")).to_have_text("The gallery is empty.")
+    visit.upload("mine.jpg", photo)
+    visit.shown("mine.jpg")
+    expect(page.locator("#neighbors-note")).to_contain_text("The gallery is empty")
+    page.get_by_role("button", name="Add to the gallery").click()
+    expect(page.locator("#neighbors-note")).to_contain_text("There is no other picture in the gallery.")
+    visit.upload("mine too.jpg", photo)
+    visit.shown("mine too.jpg")
+    expect(page.locator("#neighbors li")).to_have_count(1)
+    expect(page.locator("#vote")).to_contain_text("there is no vote")
+    visit.end()
+
+
+def test_the_documentation_renders_without_a_network(visit: Visit) -> None:
+    page = visit.page
+    page.goto(f"{visit.url}/docs")
+    expect(page.locator(".opblock-summary-path", has_text="/embed").first).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.locator(".opblock")).not_to_have_count(0)
+    visit.screenshot("docs")
+    visit.end()
