@@ -47,7 +47,7 @@ def open_run(run: Path, config: dict[str, Any]) -> None:
         return
     before = read_config(run)
     fixed = (before.keys() | config.keys()) - _FREE - {"commit", "patchsight", "torch"}
-    changed = sorted(k for k in fixed if before.get(k) != config.get(k))
+    changed = sorted((k for k in fixed if before.get(k) != config.get(k)), key=lambda k: (k != "objective", k))
     if changed:
         shown = ", ".join(f"{k} was {before.get(k)!r}, is now {config.get(k)!r}" for k in changed[:3])
         raise InvalidRequest(f"{run} holds another run ({shown}); choose another --run, or delete that folder")

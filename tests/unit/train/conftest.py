@@ -64,7 +64,7 @@ def settings() -> Callable[..., TrainSettings]:
     """`settings("mae", **changes)`: a tiny encoder and head, three epochs."""
 
     def settings(objective: str, **changes: Any) -> TrainSettings:
-        return SETTINGS[objective](data=["unread"], **TINY | SMALL_HEADS[objective] | changes)
+        return SETTINGS[objective](**{"data": ["unread"]} | TINY | SMALL_HEADS[objective] | changes)
 
     return settings
 
