@@ -1,6 +1,7 @@
 """What every test may use: the labelled images, a clean environment, the commands, and a running server."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,6 +47,24 @@ def data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def readme_commands() -> Callable[[Path], list[str]]:
+    """Every command in the `sh` blocks of a page, in order; comments cut off, continued lines joined."""
+
+    def commands(page: Path) -> list[str]:
+        blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+        lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+        return [line.split(" #")[0].strip() for line in lines if line.split("#")[0].strip()]
+
+    return commands
+
+
+@pytest.fixture(scope="session")
+def readme_answers() -> list[str]:
+    """The README's `json` blocks, in order."""
+    return re.findall(r"^```json\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="session")
 def command() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run one of our commands as a user would: `command("patchsight-train", "simclr", "--data", …)`."""
 
@@ -65,17 +84,13 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., str]]:
     running: list[subprocess.Popen[bytes]] = []
 
     def start(*arguments: object) -> str:
-        log = (tmp_path / f"serve-{len(running)}.log").open("wb")
-        line = [
-            str(Path(sys.executable).parent / "patchsight-serve"),
-            "--port",
-            "0",
-            "--state-dir",
-            str(tmp_path / "state"),
-        ]
-        process = subprocess.Popen([*line, *map(str, arguments)], stdout=log, stderr=log)
+        log = tmp_path / f"serve-{len(running)}.log"
+        program = str(Path(sys.executable).parent / "patchsight-serve")
+        line = [program, "--port", "0", "--state-dir", str(tmp_path / "state"), *map(str, arguments)]
+        with log.open("wb") as file:
+            process = subprocess.Popen(line, stdout=file, stderr=file)
         running.append(process)
-        return _address(process, Path(log.name))
+        return _address(process, log)
 
     yield start
     for process in running:

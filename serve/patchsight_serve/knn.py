@@ -10,6 +10,7 @@ from pydantic_settings import CliToggleFlag, SettingsConfigDict
 
 from patchsight_serve.config import CommandSettings, fail
 from patchsight_serve.errors import PatchsightError
+from patchsight_serve.manifest import default_repository
 
 PROG = "patchsight-knn"
 
@@ -25,7 +26,9 @@ class KnnSettings(CommandSettings):
     test: str = Field(description="labelled images to classify")
     encoder: str | None = Field(None, description="name of the encoder (default: the server's, or the first by name)")
     output: Literal["recommended", "cls", "mean"] = Field("recommended", description="which embedding of the encoder")
-    model_repository: Path = Field(Path("model_repository"), description="folder with one encoder bundle per subfolder")
+    model_repository: Path = Field(
+        default_factory=default_repository, description="folder with one encoder bundle per subfolder"
+    )
     server: str | None = Field(None, description="URL of a running server, which embeds in place of this process")
     api_key: SecretStr | None = Field(None, description="the server's API key")
     as_json: CliToggleFlag[bool] = Field(False, description="print one JSON object instead of the table")

@@ -77,6 +77,12 @@ class Manifest(BaseModel):
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
 
+def default_repository() -> Path:
+    """`./model_repository`; where there is none, the one that an installed wheel brings along."""
+    here, shipped = Path("model_repository"), Path(__file__).parent / "model_repository"
+    return shipped if shipped.is_dir() and not here.is_dir() else here
+
+
 def sha256_of(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with path.open("rb") as file:

@@ -10,6 +10,7 @@ from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from patchsight_serve.config import CommandSettings
+from patchsight_serve.manifest import default_repository
 
 MEBIBYTE = 1024 * 1024
 Positive = Annotated[int, Field(gt=0)]
@@ -24,7 +25,9 @@ class ServeSettings(CommandSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on; beyond loopback, API keys are needed")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
-    model_repository: Path = Field(Path("model_repository"), description="folder with one encoder bundle per subfolder")
+    model_repository: Path = Field(
+        default_factory=default_repository, description="folder with one encoder bundle per subfolder"
+    )
     state_dir: Path = Field(Path("state"), description="folder that holds the galleries")
     keep_originals: bool = Field(True, description="keep the encoded images in the galleries, for later encoders")
     sample_gallery: bool = Field(True, description="index the sample photos into a default gallery that is new")

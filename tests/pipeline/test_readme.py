@@ -1,0 +1,63 @@
+"""The README's requests work as printed, against the shipped encoder and the sample gallery."""
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+PRINTED = "http://127.0.0.1:8000"
+
+
+@pytest.fixture
+def url(serve: Callable[..., str]) -> str:
+    """A server with the shipped encoders whose sample gallery is complete."""
+    address = serve("--model-repository", ROOT / "model_repository")
+    deadline = time.monotonic() + 60
+    while httpx.get(f"{address}/gallery").json()["count"] < 200:
+        assert time.monotonic() < deadline, "the sample photos were not indexed"
+        time.sleep(0.2)
+    return address
+
+
+def test_requests(url: str, tmp_path: Path, readme_commands: Callable[[Path], list[str]]) -> None:
+    curls = [c for c in readme_commands(ROOT / "README.md") if c.startswith("curl ")]
+    assert len(curls) >= 6
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    replies = []
+    for line in curls:
+        assert PRINTED in line
+        asked = line.replace(PRINTED, url).replace("curl -s", "curl -sS --fail-with-body")
+        result = subprocess.run(asked, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+        assert result.returncode == 0, f"{line}\n{result.stdout}{result.stderr}"
+        replies.append(result.stdout)
+    embedded, drawn, neighbors, added, form, mine = replies
+    (result,) = json.loads(embedded)["results"]
+    assert len(result["embedding"]) == 128
+    assert drawn == ""
+    assert Image.open(tmp_path / "attention.png").format == "PNG"
+    found = json.loads(neighbors)
+    assert [n["label"] for n in found["neighbors"]][0]
+    assert len(found["neighbors"]) == 3
+    assert found["vote"]["label"]
+    assert json.loads(added)["results"][0] == {"index": 0, "id": "shoes-1", "created": True}
+    assert [r["created"] for r in json.loads(form)["results"]] == [True, True]
+    assert json.loads(mine)["neighbors"][0]["score"] == pytest.approx(1, abs=1e-5)  # the same photo under another id
+
+
+def test_printed_answers(url: str, readme_answers: list[str]) -> None:
+    """The answers that the README prints are the answers (shortened by `…`): same encoder, same ids, same scores."""
+    photo = (ROOT / "docs" / "images" / "shoes.jpg").read_bytes()
+    embedded, neighbors = readme_answers
+    encoder = httpx.get(f"{url}/encoders").json()["encoders"][0]
+    assert encoder["sha256"] in embedded
+    actual = httpx.post(f"{url}/neighbors", content=photo, params={"k": 3, "vote": True}).json()
+    for neighbor in actual["neighbors"]:
+        assert f'"{neighbor["id"]}"' in neighbors
+        assert f"{neighbor['score']:.4f}"[:-1] in neighbors
+    assert f'"{actual["vote"]["label"]}"' in neighbors
