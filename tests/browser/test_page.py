@@ -26,6 +26,7 @@ FLAGS = [
 ]  # fmt: skip
 DESKTOP, PHONE = ViewportSize(width=1280, height=900), ViewportSize(width=320, height=640)
 PATIENCE_MS = 30_000
+expect.set_options(timeout=PATIENCE_MS)
 SAMPLES_COUNT = 200
 
 
@@ -81,7 +82,7 @@ class Visit:
     def open(self, path: str = "/") -> Page:
         """Go there and wait until a picture is shown."""
         self.page.goto(self.url + path)
-        expect(self.page.locator("#neighbors img[src]").first).to_be_visible(timeout=PATIENCE_MS)
+        expect(self.page.locator("#neighbors img[src]").first).to_be_visible()
         return self.page
 
     def upload(self, name: str, data: bytes) -> None:
@@ -89,18 +90,18 @@ class Visit:
 
     def shown(self, name: str) -> None:
         """Wait until this picture is the one on view."""
-        expect(self.page.locator("#picture-name")).to_have_text(name, timeout=PATIENCE_MS)
+        expect(self.page.locator("#picture-name")).to_have_text(name)
 
     def pixels(self, selector: str = "#picture") -> np.ndarray:
         """uint8 `(h, w, 4)` of a canvas."""
         png = self.page.locator(selector).evaluate("canvas => canvas.toDataURL()")
         return np.asarray(Image.open(io.BytesIO(base64.b64decode(png.partition(",")[2]))).convert("RGBA"))
 
-    def screenshot(self, name: str) -> None:
+    def screenshot(self, name: str, full_page: bool = True) -> None:
         if SCREENSHOTS:
             self.page.mouse.move(0, 0)
             self.page.wait_for_timeout(500)  # transitions
-            self.page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png", full_page=True)
+            self.page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png", full_page=full_page)
 
     def end(self, allowed: str | None = None) -> None:
         """Leave. Nothing was asked of anybody else, and the console has no complaint but `allowed`."""
@@ -227,6 +228,26 @@ def test_walk_from_neighbor_to_neighbor_and_back(visit: Visit, photo: bytes) -> 
     visit.end()
 
 
+def test_several_at_once_dropped_and_pasted(visit: Visit, photo: bytes) -> None:
+    page = visit.open()
+    files = [{"name": name, "mimeType": "image/jpeg", "buffer": photo} for name in ("one.jpg", "two.jpg")]
+    page.locator("#file").set_input_files(files)  # type: ignore[arg-type]
+    visit.shown("one.jpg")
+    page.locator("#strip").get_by_role("link", name="two.jpg").click()
+    visit.shown("two.jpg")
+    for event, name, key in (("drop", "dropped.jpg", "dataTransfer"), ("paste", "pasted.jpg", "clipboardData")):
+        script = """([bytes, event, name, key]) => {
+            const files = new DataTransfer();
+            files.items.add(new File([Uint8Array.from(bytes)], name));
+            const Kind = { drop: DragEvent, paste: ClipboardEvent }[event];
+            document.body.dispatchEvent(new Kind(event, { [key]: files, bubbles: true, cancelable: true }));
+        }"""
+        page.evaluate(script, [list(photo), event, name, key])
+        visit.shown(name)
+    expect(page.locator("#strip a[href^='#/upload']")).to_have_count(4)
+    visit.end()
+
+
 def test_a_bad_file_is_told_and_harms_nothing(visit: Visit, photo: bytes) -> None:
     page = visit.open()
     before = page.locator("#picture-name").inner_text()
@@ -237,7 +258,7 @@ def test_a_bad_file_is_told_and_harms_nothing(visit: Visit, photo: bytes) -> Non
         ("nothing.jpg", b"", "This cannot be read. nothing.jpg: the image is empty"),
     ):
         visit.upload(name, data)
-        expect(notice).to_contain_text(message, timeout=PATIENCE_MS)
+        expect(notice).to_contain_text(message)
         visit.shown(before)
     page.get_by_role("button", name="Close the message").click()
     expect(notice).to_be_hidden()
@@ -258,9 +279,8 @@ def test_what_is_added_is_found_and_its_label_is_only_text(visit: Visit, photo: 
     label = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
     page.get_by_label("Keep this picture").fill(label)
     page.get_by_role("button", name="Add to the gallery").click()
-    expect(page.locator("#picture-label")).to_have_text(f"labelled {label}", timeout=PATIENCE_MS)
+    expect(page.locator("#picture-label")).to_have_text(f"labelled {label}")
     expect(page.locator("#gallery-note")).to_contain_text("201 pictures")
-    visit.screenshot("page-label")
 
     nearly = jpeg(Image.open(io.BytesIO(photo)).crop((1, 1, 159, 212)))
     visit.upload("nearly.jpg", nearly)
@@ -292,11 +312,11 @@ def test_the_key_is_asked_for_once(browser: Browser, serve: Callable[..., str]) 
     expect(dialog).to_contain_text("The server refused that key.")
     dialog.get_by_label("API key").fill("open sesame")
     dialog.get_by_role("button", name="Continue").click()
-    expect(page.locator("#neighbors img[src]")).to_have_count(12, timeout=PATIENCE_MS)
+    expect(page.locator("#neighbors img[src]")).to_have_count(12)
     loaded = "images => images.every(image => image.complete && image.naturalWidth > 0)"
     assert page.locator("#neighbors img, #strip img").evaluate_all(loaded)
     page.reload()
-    expect(page.locator("#neighbors img[src]")).to_have_count(12, timeout=PATIENCE_MS)
+    expect(page.locator("#neighbors img[src]")).to_have_count(12)
     expect(dialog).to_be_hidden()
     visit.end(allowed="status of 401")
 
@@ -332,7 +352,7 @@ def test_an_empty_gallery_says_so_and_fills(browser: Browser, serve: Callable[..
 def test_the_documentation_renders_without_a_network(visit: Visit) -> None:
     page = visit.page
     page.goto(f"{visit.url}/docs")
-    expect(page.locator(".opblock-summary-path", has_text="/embed").first).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.locator(".opblock-summary-path", has_text="/embed").first).to_be_visible()
     expect(page.locator(".opblock")).not_to_have_count(0)
-    visit.screenshot("docs")
+    visit.screenshot("docs", full_page=False)
     visit.end()

@@ -95,8 +95,12 @@ function showStrip() {
   for (let i = 0; samples.length < Math.min(SAMPLES, app.images.length); i++) {
     samples.push(...byLabel.map((images) => images[i]).filter(Boolean));
   }
-  const own = app.uploads.map((upload, n) => ({ key: `#/upload/${n}`, name: upload.file.name, source: upload.url }));
-  const rest = samples.slice(0, SAMPLES).map(({ id, label }) => ({ key: `#/image/${id}`, name: label ?? id, id }));
+  const own = app.uploads.map(({ file, url, id }, n) => ({
+    key: id ? `#/image/${id}` : `#/upload/${n}`,
+    name: file.name,
+    source: url,
+  }));
+  const rest = samples.filter(({ id }) => !ownOf(id)).slice(0, SAMPLES).map(({ id, label }) => ({ key: `#/image/${id}`, name: label ?? id, id }));
   const tiles = [...own.filter((tile) => tile.source), ...rest].map(({ key, name, source, id }) => {
     const image = source ? el("img", { src: source, alt: name }) : thumbnail(id, name);
     const link = el("a", { href: key, title: name }, image);
@@ -118,9 +122,14 @@ function markCurrent() {
 
 /* ---- Pictures ---- */
 
+/** The upload that became the gallery's image of this id, if it was one. */
+const ownOf = (id) => app.uploads.find((upload) => upload.id === id);
+
+const nameOf = ({ upload, id }) => (upload ?? ownOf(id))?.file.name ?? id;
+
 /** The bytes to encode: the person's own file where there is one, else the gallery's thumbnail. */
 async function bytesOf({ upload, id }) {
-  const own = upload ?? app.uploads.find((u) => u.id === id);
+  const own = upload ?? ownOf(id);
   return own ? own.file : (await call(`gallery/images/${encodeURIComponent(id)}/thumbnail`)).blob();
 }
 
@@ -148,7 +157,8 @@ async function route() {
   return first && !app.shown ? open(targetOf(first.hash)) : null;
 }
 
-const refresh = () => open(app.shown.target);
+/** Once more, and what the address names: the person may be on their way. */
+const refresh = () => open(targetOf(location.hash) ?? app.shown.target);
 
 async function open(target) {
   const turn = ++app.turn;
@@ -210,7 +220,7 @@ function show(shown) {
   app.shown = shown;
   if (location.hash !== shown.target.key) history.replaceState(null, "", shown.target.key);
   const { target, image, embedding, maps, found } = shown;
-  const name = target.upload?.file.name ?? target.id;
+  const name = nameOf(target);
   $("notice").hidden = true;
   $("view").hidden = false;
   document.title = `${name} · patchsight`;
@@ -235,7 +245,7 @@ function walk(target) {
   if (known >= 0) app.trail.length = known + 1;
   else app.trail = near ? [...app.trail, target] : [target];
   const steps = app.trail.map((step) => {
-    const name = step.upload?.file.name ?? step.id;
+    const name = nameOf(step);
     const picture = step.upload ? el("img", { src: step.upload.url, alt: name }) : thumbnail(step.id, name);
     return el("li", {}, el("a", { href: step.key, title: name }, picture));
   });
