@@ -15,8 +15,9 @@ import torch
 from measure import save
 from torch import Tensor
 
+from patchsight_train.architecture import ViTConfig
 from patchsight_train.loop import pick_precision
-from patchsight_train.vit import Attention, ViT, ViTConfig
+from patchsight_train.vit import Attention, ViT
 
 BATCH, ROUNDS = 256, 7
 SHIPPED = ViTConfig(image_size=32, patch_size=4, width=128, depth=4, heads=4, stem="conv")

@@ -65,8 +65,9 @@ def random_vit(pixels: np.ndarray, mean: np.ndarray) -> F32:  # noqa: ARG001
     """The shipped architecture before its first step, mean of the patch tokens (better than its CLS)."""
     import torch
 
+    from patchsight_train.architecture import ViTConfig
     from patchsight_train.probe import embed
-    from patchsight_train.vit import ViT, ViTConfig
+    from patchsight_train.vit import ViT
 
     torch.manual_seed(0)
     encoder = ViT(ViTConfig(image_size=32, patch_size=4, width=128, depth=4, heads=4, stem="conv"))

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from patchsight_export.to_onnx import OUTPUTS, Served, to_onnx
 from patchsight_export.verify import noise
+from patchsight_train.architecture import SIZES, ViTConfig
 from patchsight_train.views import eval_view
-from patchsight_train.vit import SIZES, ViT, ViTConfig
+from patchsight_train.vit import ViT
 
 EMBEDDINGS = OUTPUTS[:2]
 ENCODERS = {

@@ -10,16 +10,16 @@ from torch import Tensor
 from patchsight_serve.errors import InvalidRequest
 from patchsight_serve.manifest import Manifest
 from patchsight_train import checkpoint
+from patchsight_train.architecture import CHOICES, ViTConfig
 from patchsight_train.data import eval_transform
 from patchsight_train.dino import DINO
 from patchsight_train.mae import MAE
 from patchsight_train.objective import Objective
 from patchsight_train.run import read_config
 from patchsight_train.simclr import SimCLR
-from patchsight_train.vit import ViT, ViTConfig
+from patchsight_train.vit import ViT
 
 OBJECTIVES: dict[str, type[Objective]] = {"mae": MAE, "simclr": SimCLR, "dino": DINO}
-ARCHITECTURE = ("image_size", "patch_size", "width", "depth", "heads", "mlp_ratio", "registers", "stem")
 # In config.toml, but not part of the recipe: fields of their own in the manifest, and what does not change the numbers
 # (of which the data's paths are nobody's business).
 NOT_RECIPE = {
@@ -61,7 +61,7 @@ def read_run(run: Path, step: int | None = None) -> Source:
 
 def _architecture(config: dict[str, Any], run: Path) -> ViTConfig:
     try:
-        return ViTConfig(**{key: config[key] for key in ARCHITECTURE})
+        return ViTConfig(**{key: config[key] for key in CHOICES})
     except KeyError as error:
         raise InvalidRequest(f"{run / 'config.toml'}: {error.args[0]} is missing") from None
     except (TypeError, ValueError) as error:

@@ -79,25 +79,16 @@ def build(settings: TrainSettings) -> "Objective":
     from patchsight_train.dino import DINO
     from patchsight_train.mae import MAE
     from patchsight_train.simclr import SimCLR
-    from patchsight_train.vit import ViT, ViTConfig
+    from patchsight_train.vit import ViT
 
-    config = ViTConfig(
-        image_size=settings.image_size,
-        patch_size=settings.patch_size,
-        width=settings.width,
-        depth=settings.depth,
-        heads=settings.heads,
-        mlp_ratio=settings.mlp_ratio,
-        registers=settings.registers,
-        stem=settings.stem,
-    )
+    encoder = ViT(settings.architecture)
     match settings:
         case MAESettings():
-            return MAE(ViT(config), settings)
+            return MAE(encoder, settings)
         case SimCLRSettings():
-            return SimCLR(ViT(config), settings)
+            return SimCLR(encoder, settings)
         case DINOSettings():
-            return DINO(ViT(config), settings)
+            return DINO(encoder, settings)
         case _:
             raise TypeError(f"no objective for {type(settings).__name__}")
 

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from patchsight_serve.config import CommandSettings
+from patchsight_train.architecture import CHOICES, ViTConfig
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -63,16 +64,14 @@ class TrainSettings(CommandSettings):
     knn_gallery: Positive = Field(10_000, description="at most so many labelled images as gallery")
     knn_queries: Positive = Field(2_000, description="at most so many as queries")
 
+    @property
+    def architecture(self) -> ViTConfig:
+        """The encoder that these settings describe. Raises ValueError where its numbers do not fit together."""
+        return ViTConfig(**{name: getattr(self, name) for name in CHOICES})
+
     @model_validator(mode="after")
     def sizes_fit(self) -> "TrainSettings":
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if self.stem == "conv" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
-            raise ValueError(
-                f"the conv stem halves the picture step by step: patch_size {self.patch_size} is no power of 2"
-            )
+        _ = self.architecture
         return self
 
 

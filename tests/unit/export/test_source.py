@@ -9,9 +9,9 @@ import torch
 
 from patchsight_export.source import OBJECTIVES, describe, read_run
 from patchsight_serve.errors import InvalidRequest
+from patchsight_train.architecture import ViTConfig
 from patchsight_train.run import config_of, read_config
 from patchsight_train.settings import SETTINGS, SimCLRSettings
-from patchsight_train.vit import ViTConfig
 
 
 def test_every_objective_can_be_exported() -> None:

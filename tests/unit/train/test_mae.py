@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
+from patchsight_train.architecture import ViTConfig
 from patchsight_train.data import Images
 from patchsight_train.loop import Trainer
 from patchsight_train.mae import MAE, masked_pixel_loss, patchify, random_masking, take
 from patchsight_train.settings import MAESettings
-from patchsight_train.vit import ViT, ViTConfig, sincos_positions
+from patchsight_train.vit import ViT, sincos_positions
 
 CPU = torch.device("cpu")
 

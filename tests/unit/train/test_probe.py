@@ -8,10 +8,11 @@ from torch import Generator, Tensor
 
 from patchsight_serve.errors import InvalidRequest
 from patchsight_serve.protocol import evaluate
+from patchsight_train.architecture import ViTConfig
 from patchsight_train.data import Images
 from patchsight_train.probe import Probe, embed, knn_predict, split_probe
 from patchsight_train.views import eval_view
-from patchsight_train.vit import ViT, ViTConfig
+from patchsight_train.vit import ViT
 
 CPU = torch.device("cpu")
 

@@ -3,7 +3,8 @@ import timm.models.vision_transformer as timm_vit
 import torch
 from torch import Generator, Tensor, nn
 
-from patchsight_train.vit import ViT, ViTConfig, sincos_positions
+from patchsight_train.architecture import ViTConfig
+from patchsight_train.vit import ViT, sincos_positions
 
 CONFIGS = [
     ViTConfig(image_size=size, patch_size=patch, width=width, depth=depth, heads=heads, mlp_ratio=ratio,
