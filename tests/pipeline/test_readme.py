@@ -1,6 +1,7 @@
 """The README's requests work as printed, against the shipped encoder and the sample gallery."""
 
 import json
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -61,3 +62,13 @@ def test_printed_answers(url: str, readme_answers: list[str]) -> None:
         assert f'"{neighbor["id"]}"' in neighbors
         assert f"{neighbor['score']:.4f}"[:-1] in neighbors
     assert f'"{actual["vote"]["label"]}"' in neighbors
+
+
+def test_file_map() -> None:
+    """Every module of the packages stands in the map, and the map names no file that is gone."""
+    text = (ROOT / "README.md").read_text().split("## File map")[1]
+    modules = {
+        p.name for package in ("train", "export", "serve") for p in (ROOT / package).glob("patchsight_*/[a-z]*.py")
+    }
+    named = set(re.findall(r"\b[a-z_]+\.py\b", text))
+    assert named == modules
