@@ -14,7 +14,7 @@ from patchsight_serve.errors import InvalidRequest, PatchsightError, Unsupported
 from patchsight_serve.gallery_schemas import ADD_BODY, PATCH_BODY, AddReply, GalleryImage, GalleryInfo, ImagePage
 from patchsight_serve.indexer import Added, Upload, default_id, encoder_of, index_images
 from patchsight_serve.item import Changes, Identity, Item, parse_metadata
-from patchsight_serve.replies import error_body, json_reply
+from patchsight_serve.replies import RAW, SHOWN, error_body, image_reply, json_reply
 from patchsight_serve.schemas import IMAGE_ERRORS, ErrorReply
 from patchsight_serve.service import Service
 
@@ -55,6 +55,13 @@ def router() -> APIRouter:
         response_class=Response,
         responses={200: {"content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}}, **_ERRORS},
     )(thumbnail)
+    as_stored = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in (*SHOWN, RAW)}
+    routes.get(
+        f"{one}/image",
+        summary="The image as it was added",
+        response_class=Response,
+        responses={200: {"content": as_stored}, **_ERRORS},
+    )(original)
     return routes
 
 
@@ -146,6 +153,12 @@ async def thumbnail(request: Request, id: str, gallery_name: GalleryQuery = DEFA
     """At most 160 pixels wide and high."""
     gallery = await asyncio.to_thread(request.app.state.galleries.get, gallery_name)
     return Response(await asyncio.to_thread(gallery.thumbnail, id), media_type="image/jpeg")
+
+
+async def original(request: Request, id: str, gallery_name: GalleryQuery = DEFAULT) -> Response:
+    """Its bytes. What browsers do not show comes as a download; 404 if the server keeps no originals."""
+    gallery = await asyncio.to_thread(request.app.state.galleries.get, gallery_name)
+    return image_reply(await asyncio.to_thread(gallery.original, id))
 
 
 def described(encoder: Identity | None) -> dict[str, str] | None:

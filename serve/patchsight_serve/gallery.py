@@ -145,6 +145,17 @@ class Gallery:
             raise _unknown(id, self.name)
         return thumbnail
 
+    def original(self, id: str) -> bytes:
+        """The encoded image as it came. Raises NotFound, also where it was not kept; PatchsightError if it is
+        damaged."""
+        row = self._row(id)
+        original = self._record.original(row.key)
+        if original is None:
+            raise NotFound(f"the original of image {id!r} was not kept; there is its thumbnail", param="id")
+        if hashlib.sha256(original).hexdigest() != row.sha256:
+            raise PatchsightError("the stored original is damaged; add the image again with replace=true")
+        return original
+
     def patch(self, id: str, changes: Changes) -> Image:
         """Change label or metadata, durably. Raises NotFound, InvalidRequest, StorageFull."""
         with self._writing:

@@ -1,7 +1,8 @@
-"""What goes back: JSON, npy, npz or bare float32, by the request's Accept. No vector passes through pydantic."""
+"""What goes back: images, JSON, or numbers as npy, npz or bare float32. No vector passes through pydantic."""
 
 import base64
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,16 @@ from patchsight_serve.manifest import Manifest
 JSON, NPY, NPZ, RAW, PNG = (
     "application/json", "application/x-npy", "application/x-npz", "application/octet-stream", "image/png",
 )  # fmt: skip
+
+# What browsers show, by how it begins.
+SHOWN = {
+    "image/jpeg": re.compile(rb"\xff\xd8\xff"),
+    "image/png": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "image/webp": re.compile(rb"RIFF....WEBP", re.DOTALL),
+    "image/gif": re.compile(rb"GIF8[79]a"),
+    "image/bmp": re.compile(rb"BM"),
+    "image/avif": re.compile(rb"....ftypavi[fs]", re.DOTALL),
+}
 
 
 def negotiate(accept: str | None, offered: Sequence[str]) -> str:
@@ -88,6 +99,15 @@ def array_reply(arrays: Mapping[str, Values], media_type: str, manifest: Manifes
         np.save(file, array, allow_pickle=False)
         return Response(file.getvalue(), 200, headers, NPY)
     return Response(array.tobytes(), 200, headers, RAW)
+
+
+def image_reply(data: bytes) -> Response:
+    """A stranger's image, as something that a browser shows as an image or not at all."""
+    headers = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'; sandbox"}
+    for kind, beginning in SHOWN.items():
+        if beginning.match(data):
+            return Response(data, 200, headers, kind)
+    return Response(data, 200, headers | {"Content-Disposition": "attachment"}, RAW)
 
 
 def error_body(error: PatchsightError) -> dict[str, str | None]:

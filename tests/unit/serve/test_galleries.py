@@ -76,7 +76,7 @@ def test_add_raw_get_thumbnail_patch_delete(client: TestClient, photos: list[byt
         "galleries": ["default"],
     }
     assert client.delete("/gallery/images/a-1").status_code == 204
-    for method, path in [("GET", ""), ("PATCH", ""), ("DELETE", ""), ("GET", "/thumbnail")]:
+    for method, path in [("GET", ""), ("PATCH", ""), ("DELETE", ""), ("GET", "/thumbnail"), ("GET", "/image")]:
         reply = client.request(method, f"/gallery/images/a-1{path}", content=b"{}")
         assert reply.status_code == 404
         assert reply.json()["error"]["message"] == "no image 'a-1' in gallery 'default'"
@@ -88,6 +88,36 @@ def test_thumbnails_are_small_and_keep_their_proportions(client: TestClient, enc
     client.post("/gallery/images", content=tall, headers=RAW, params={"id": "tall"})
     thumbnail = Image.open(io.BytesIO(client.get("/gallery/images/tall/thumbnail").content))
     assert (thumbnail.format, thumbnail.size) == ("JPEG", (80, 160))
+
+
+def test_an_original_comes_back_as_what_a_browser_shows_or_as_a_download(
+    client: TestClient, picture: np.ndarray, encode: Callable[..., bytes]
+) -> None:
+    types = {
+        "JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "GIF": "image/gif", "BMP": "image/bmp",
+        "AVIF": "image/avif", "TIFF": "application/octet-stream",
+    }  # fmt: skip
+    for format, media_type in types.items():
+        photo = encode(picture, format)
+        reply = client.post(
+            "/gallery/images", content=photo, params={"id": format}, headers={"Content-Type": "image/svg+xml"}
+        )
+        assert reply.status_code == 200
+        original = client.get(f"/gallery/images/{format}/image")
+        assert original.content == photo
+        assert original.headers["content-type"] == media_type  # whatever the sender called it
+        assert original.headers["x-content-type-options"] == "nosniff"
+        assert original.headers["content-security-policy"] == "default-src 'none'; sandbox"
+        assert (original.headers.get("content-disposition") == "attachment") == (format == "TIFF")
+
+
+def test_an_original_that_was_not_kept_is_404(serving: Callable[..., TestClient], photos: list[bytes]) -> None:
+    client = serving(keep_originals=False)
+    client.post("/gallery/images", content=photos[0], headers=RAW, params={"id": "a"})
+    reply = client.get("/gallery/images/a/image")
+    assert (reply.status_code, reply.json()["error"]["param"]) == (404, "id")
+    assert reply.json()["error"]["message"] == "the original of image 'a' was not kept; there is its thumbnail"
+    assert client.get("/gallery/images/a/thumbnail").status_code == 200
 
 
 def test_default_ids_come_from_the_bytes_and_adding_twice_is_once(client: TestClient, photos: list[bytes]) -> None:
@@ -402,6 +432,9 @@ def test_every_route_is_documented(client: TestClient) -> None:
     assert {"get"} <= set(paths["/gallery"])
     assert {"get", "post"} <= set(paths["/gallery/images"])
     assert {"get", "patch", "delete"} <= set(paths["/gallery/images/{id}"])
+    original = paths["/gallery/images/{id}/image"]["get"]["responses"]
+    assert {"image/jpeg", "image/png", "application/octet-stream"} <= set(original["200"]["content"])
+    assert {"404"} <= set(original)
     assert {"get", "post"} <= set(paths["/neighbors"])
     names = {parameter["name"] for parameter in paths["/neighbors"]["post"]["parameters"]}
     assert names == {"k", "label", "min_score", "vote", "gallery", "encoder"}

@@ -199,7 +199,7 @@ def test_patch_delete_page_and_thumbnail(gallery: Gallery) -> None:
     assert gallery.get("i3").label is None
     assert gallery.thumbnail("i4") == b"thumb i4"
     gallery.delete("i5")
-    for call in (gallery.get, gallery.thumbnail, gallery.delete, lambda id: gallery.patch(id, {})):
+    for call in (gallery.get, gallery.thumbnail, gallery.original, gallery.delete, lambda id: gallery.patch(id, {})):
         with pytest.raises(NotFound, match="no image 'i5' in gallery 'default'"):
             call("i5")
     first, more = gallery.page(limit=4)
@@ -229,10 +229,29 @@ def test_originals_are_kept_or_not(tmp_path: Path) -> None:
     for keep, expected in ((True, b"bytes"), (False, None)):
         gallery = Gallery(tmp_path / str(keep), keep_originals=keep)
         gallery.add([new("x", unit_vectors(1)[0], b"bytes")], ENCODER)
+        if keep:
+            assert gallery.original("x") == b"bytes"
+        else:
+            with pytest.raises(NotFound, match="the original of image 'x' was not kept"):
+                gallery.original("x")
         gallery.close()
         stored = sqlite3.connect(tmp_path / str(keep) / "gallery.sqlite")
         assert stored.execute("SELECT original FROM pictures").fetchone() == (expected,)
         stored.close()
+
+
+def test_a_damaged_original_is_never_given_out(tmp_path: Path) -> None:
+    gallery = Gallery(tmp_path / "g")
+    gallery.add([new("x", unit_vectors(1)[0], b"bytes")], ENCODER)
+    gallery.close()
+    stored = sqlite3.connect(tmp_path / "g" / "gallery.sqlite")
+    stored.execute("UPDATE pictures SET original = ?", (b"bytez",))
+    stored.commit()
+    stored.close()
+    gallery = Gallery(tmp_path / "g")
+    with pytest.raises(PatchsightError, match="original is damaged; add the image again"):
+        gallery.original("x")
+    gallery.close()
 
 
 ADDS_FOR_EVER = """
