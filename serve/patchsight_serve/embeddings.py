@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from patchsight_serve.bodies import read_images
 from patchsight_serve.decode import fit, open_rgb
+from patchsight_serve.departure import while_connected
 from patchsight_serve.encoder import Pixels, Values
 from patchsight_serve.errors import InvalidRequest, PatchsightError
 from patchsight_serve.heatmap import keep_mass, overlay, shown_crop
@@ -72,7 +73,8 @@ async def embed(
     if media_type in (NPY, RAW) and len(wanted) > 1:
         raise InvalidRequest(f"{media_type} holds one output, {len(wanted)} were asked for; {NPZ} holds all", "outputs")
     images = await read_images(request, service.body_limits)
-    results = await service.embed_images(images, manifest.name, wanted, request.state.timing)
+    async with while_connected(request):
+        results = await service.embed_images(images, manifest.name, wanted, request.state.timing)
     failures = {i: _located(r, i) for i, r in enumerate(results) if isinstance(r, PatchsightError)}
     if failures and (len(results) == 1 or media_type != JSON):
         raise next(iter(failures.values()))
@@ -106,7 +108,7 @@ async def attention(
         shown = shown_crop(picture, manifest.transform, manifest.outputs[name][-1]) if media_type == PNG else None
         return fit(picture, manifest.transform), shown
 
-    async with service.admitted(1, manifest.name):
+    async with while_connected(request), service.admitted(1, manifest.name):
         (prepared,) = await service.decode_images(images, prepare, request.state.timing)
         if isinstance(prepared, PatchsightError):
             raise _located(prepared, 0)

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from patchsight_serve.bodies import media_type, read_body, read_images
 from patchsight_serve.collection import DEFAULT
+from patchsight_serve.departure import while_connected
 from patchsight_serve.errors import InvalidRequest, PatchsightError
 from patchsight_serve.galleries import EncoderQuery, GalleryQuery, described
 from patchsight_serve.gallery import MAX_K, Gallery
@@ -92,7 +93,8 @@ async def of_uploaded(
         return await _reply(gallery, query, wanted, ids, gallery.encoder)
     identity = encoder_of(service, gallery, encoder)
     images = await read_images(request, replace(service.body_limits, max_images=1))
-    (result,) = await service.embed_images(images, identity.name, ("embedding",), request.state.timing)
+    async with while_connected(request):
+        (result,) = await service.embed_images(images, identity.name, ("embedding",), request.state.timing)
     if isinstance(result, PatchsightError):
         result.param = result.param or "images[0]"
         raise result

@@ -95,26 +95,39 @@ def test_bad_bytes_on_the_wire_do_no_harm(start: Start, png: bytes) -> None:
 class Gated(FakeEncoder):
     def __init__(self) -> None:
         super().__init__()
+        self.images = 0
         self.gate, self.inside = threading.Event(), threading.Event()
         self.gate.set()
 
     def run(self, images: np.ndarray, outputs: Sequence[str]) -> dict[str, np.ndarray]:
         self.inside.set()
         assert self.gate.wait(60)
+        self.images += len(images)
         return super().run(images, outputs)
 
 
-def test_requests_in_work_are_answered_after_term(png: bytes) -> None:
-    """/readyz turns 503 while the door is still open; then the door closes; then the last request is answered."""
-    encoder = Gated()
+@contextlib.contextmanager
+def in_thread(encoder: Gated) -> Iterator[tuple[Server, str]]:
+    """A server in this process, and its address; at the end it has left."""
     settings = ServeSettings(port=0, drain_delay_s=600, sample_gallery=False)
     server = Server(create_app({"fake": encoder}, settings), settings)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    with concurrent.futures.ThreadPoolExecutor() as pool:
+    try:
+        yield server, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        encoder.gate.set()
+        server.should_exit = True
+        thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_requests_in_work_are_answered_after_term(png: bytes) -> None:
+    """/readyz turns 503 while the door is still open; then the door closes; then the last request is answered."""
+    encoder = Gated()
+    with in_thread(encoder) as (server, url), concurrent.futures.ThreadPoolExecutor() as pool:
         encoder.gate.clear()
         encoder.inside.clear()
         waiting = pool.submit(
@@ -132,5 +145,34 @@ def test_requests_in_work_are_answered_after_term(png: bytes) -> None:
         assert not waiting.done()
         encoder.gate.set()
         assert waiting.result(60).status_code == 200
-    thread.join(60)
-    assert not thread.is_alive()
+
+
+def test_a_client_that_leaves_costs_no_inference(png: bytes) -> None:
+    encoder = Gated()
+    with in_thread(encoder) as (_, url), concurrent.futures.ThreadPoolExecutor() as pool:
+        encoder.gate.clear()
+        encoder.inside.clear()
+        before = encoder.images
+        stays = pool.submit(httpx.post, f"{url}/embed", content=png, headers={"Content-Type": "image/png"}, timeout=60)
+        assert encoder.inside.wait(60)
+        for path in ("/embed", "/attention", "/neighbors"):
+            head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(png)}\r\n\r\n"
+            address = (httpx.URL(url).host, httpx.URL(url).port or 0)
+            with socket.create_connection(address, 5) as connection:
+                connection.sendall(head.encode() + png)
+                wait_for(url, "patchsight_admitted_images", 2)
+            wait_for(url, "patchsight_admitted_images", 1)
+        encoder.gate.set()
+        assert stays.result(60).status_code == 200
+        assert encoder.images == before + 1
+
+
+def wait_for(url: str, metric: str, value: float) -> None:
+    """Until a gauge of /metrics has this value."""
+    for _ in range(600):
+        found = re.search(rf"^{metric}{{.*}} (\S+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)
+        assert found, metric
+        if float(found[1]) == value:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{metric} is {found[1]}, not {value}")
