@@ -1,4 +1,4 @@
-"""The web page: `/` is its HTML, `/static` its files. It loads nothing from elsewhere; its policy holds it to that."""
+"""The web pages, `/` and `/docs`, and their files in `/static`. They load nothing from elsewhere; a policy says so."""
 
 import os
 from pathlib import Path
@@ -20,6 +20,9 @@ POLICY = (
 # Every file is asked for again, and mostly answered with 304: script, style and HTML must be of one version.
 FILE_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
 PAGE_HEADERS = FILE_HEADERS | {"Content-Security-Policy": POLICY, "Cross-Origin-Opener-Policy": "same-origin"}
+# Swagger UI has its icons in its style sheet, as data, and turns text into HTML by itself.
+DOCS_POLICY = POLICY.partition("; require-trusted-types-for")[0].replace("blob:", "blob: data:")
+DOCS_HEADERS = PAGE_HEADERS | {"Content-Security-Policy": DOCS_POLICY}
 
 
 class PageFiles(StaticFiles):
@@ -38,12 +41,18 @@ class PageFiles(StaticFiles):
 
 
 def router() -> APIRouter:
-    """The page itself."""
+    """The two pages."""
     routes = APIRouter()
     routes.get("/", include_in_schema=False)(page)
+    routes.get("/docs", include_in_schema=False)(docs)
     return routes
 
 
 async def page() -> Response:
     """The page, which asks for everything else it needs."""
     return FileResponse(WEB / "index.html", headers=PAGE_HEADERS, media_type="text/html; charset=utf-8")
+
+
+async def docs() -> Response:
+    """Swagger UI, from this server's own files."""
+    return FileResponse(WEB / "docs.html", headers=DOCS_HEADERS, media_type="text/html; charset=utf-8")

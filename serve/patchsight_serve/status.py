@@ -1,9 +1,8 @@
-"""What the server says about itself: its encoders, whether it is well, its metrics, and its documentation."""
+"""What the server says about itself: its encoders, whether it is well, and its metrics."""
 
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.responses import Response
 
 from patchsight_serve.encoder import Encoder
@@ -32,7 +31,6 @@ def router() -> APIRouter:
         responses={503: {"model": ErrorReply, "description": "Not able to answer right now."}},
     )(readyz)
     routes.get("/metrics", tags=["health"], summary="Prometheus metrics")(metrics)
-    routes.get("/docs", include_in_schema=False)(docs)
     return routes
 
 
@@ -63,18 +61,6 @@ async def metrics(request: Request) -> Response:
     """In Prometheus' text format."""
     service: Service = request.app.state.service
     return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-async def docs() -> Response:
-    """Swagger UI, from this server's own files."""
-    return get_swagger_ui_html(
-        openapi_url="openapi.json",
-        title="patchsight",
-        swagger_js_url="static/swagger/swagger-ui-bundle.js",
-        swagger_css_url="static/swagger/swagger-ui.css",
-        swagger_favicon_url="static/swagger/favicon-32x32.png",
-        swagger_ui_parameters={"validatorUrl": None, "tryItOutEnabled": True},  # the validator is a stranger's server
-    )
 
 
 def _info(encoder: Encoder, service: Service) -> dict[str, Any]:

@@ -1,6 +1,5 @@
-"""What the server says of itself, and that its documentation works without a network."""
+"""What the server says of itself, and where the vendored files of its documentation come from."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,17 +47,6 @@ def test_not_ready_when_the_worker_is_dead(client: TestClient, png: bytes) -> No
     assert client.get("/readyz").status_code == 503
     assert client.get("/livez").status_code == 200
     assert client.post("/embed", content=png, headers={"Content-Type": "image/png"}).status_code == 503
-
-
-def test_the_page_of_the_documentation_loads_nothing_from_elsewhere(client: TestClient) -> None:
-    page = client.get("/docs")
-    links = re.findall(r'(?:src|href)="([^"]+)"', page.text) + re.findall(r"url: '([^']+)'", page.text)
-    assert len(links) >= 4
-    assert "://" not in page.text.replace("<!-- ", "")
-    for link in links:
-        found = client.get(f"/{link}")
-        assert found.status_code == 200, link
-        assert len(found.content) > 100
 
 
 def test_license_of_the_vendored_page_comes_with_it(client: TestClient) -> None:
