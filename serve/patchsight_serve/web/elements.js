@@ -11,3 +11,9 @@ export function el(name, properties = {}, ...children) {
 
 export const plural = (n, one) => `${n.toLocaleString("en")} ${one}${n === 1 ? "" : "s"}`;
 export const percent = (x, digits = 0) => `${(100 * x).toFixed(digits)} %`;
+
+/** What `call` measured, as text. */
+export function timeOf({ all, ...stages }) {
+  const parts = Object.entries(stages).map(([stage, ms]) => `${stage} ${ms.toFixed(1)} ms`);
+  return [...parts, `answered in ${all.toFixed(0)} ms`].join(" · ");
+}

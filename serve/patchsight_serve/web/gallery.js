@@ -1,0 +1,60 @@
+// The gallery as a whole: its size, its labels, and a strip of pictures to start with.
+
+import { callJson, pause } from "./api.js";
+import { $, el, plural } from "./elements.js";
+import { app } from "./state.js";
+import { ownOf } from "./target.js";
+import { thumbnail } from "./thumbnails.js";
+import { markCurrent } from "./trail.js";
+
+const SAMPLES = 10;
+const WATCH_MS = 1500;
+
+export async function readGallery() {
+  app.gallery = await callJson("gallery");
+  app.images = (await callJson("gallery/images?limit=1000")).images;
+  const { count, encoder } = app.gallery;
+  const by = encoder ? `, as ${encoder.name} sees them` : "";
+  $("gallery-note").textContent = count ? `The gallery holds ${plural(count, "picture")}${by}.` : "The gallery is empty.";
+  const labels = [...new Set(app.images.map((image) => image.label).filter(Boolean))];
+  $("labels").replaceChildren(...labels.map((value) => el("option", { value })));
+  showStrip();
+}
+
+/** At its first start the server indexes its sample photos: go along until the gallery no longer grows, with `grown` whenever it did. */
+export async function watchGallery(grown) {
+  for (let still = 0; still < (app.gallery.count ? 2 : 8); still++) {
+    await pause(WATCH_MS);
+    const before = app.gallery.count;
+    const now = await callJson("gallery").catch(() => app.gallery);
+    if (now.count === before) continue;
+    still = -1;
+    await readGallery().catch(() => null);
+    await grown();
+  }
+}
+
+/** The person's own pictures, then one of the gallery of each label in turn. */
+export function showStrip() {
+  const byLabel = Map.groupBy ? [...Map.groupBy(app.images, (image) => image.label).values()] : [app.images];
+  const samples = [];
+  for (let i = 0; samples.length < Math.min(SAMPLES, app.images.length); i++) {
+    samples.push(...byLabel.map((images) => images[i]).filter(Boolean));
+  }
+  const own = app.uploads.map(({ file, url, id }, n) => ({
+    key: id ? `#/image/${id}` : `#/upload/${n}`,
+    name: file.name,
+    source: url,
+  }));
+  const rest = samples.filter(({ id }) => !ownOf(id)).slice(0, SAMPLES).map(({ id, label }) => ({ key: `#/image/${id}`, name: label ?? id, id }));
+  const tiles = [...own.filter((tile) => tile.source), ...rest].map(({ key, name, source, id }) => {
+    const image = source ? el("img", { src: source, alt: name }) : thumbnail(id, name);
+    const link = el("a", { href: key, title: name }, image);
+    image.addEventListener("error", () => link.replaceChildren(el("span", { textContent: name })));
+    return el("li", {}, link);
+  });
+  $("strip").replaceChildren(...tiles);
+  $("strip-title").hidden = !tiles.length;
+  $("strip-title").textContent = own.length ? "Yours, and some of the gallery" : "Or start with one of these";
+  markCurrent();
+}

@@ -1,0 +1,55 @@
+// What is near a picture, and what it votes for.
+
+import { ApiError, callJson } from "./api.js";
+import { $, el, percent, plural, timeOf } from "./elements.js";
+import { titleOf } from "./messages.js";
+import { app } from "./state.js";
+import { thumbnail } from "./thumbnails.js";
+
+const NEIGHBORS = 12;
+
+/** Neighbors as the gallery's own encoder sees them; an error here is no reason to withhold the attention. */
+export async function neighborsOf({ id }, bytes) {
+  const query = new URLSearchParams({ k: NEIGHBORS, vote: true });
+  if (!app.gallery.encoder) query.set("encoder", app.encoder.name);
+  try {
+    if (id) return await callJson(`neighbors?${new URLSearchParams({ id })}&${query}`);
+    return await callJson(`neighbors?${query}`, { method: "POST", body: bytes, type: "application/octet-stream" });
+  } catch (error) {
+    if (error instanceof ApiError) return { neighbors: [], error };
+    throw error;
+  }
+}
+
+export function showNeighbors({ neighbors, vote, error, took }, image) {
+  const tiles = neighbors.map(({ id, score, label }) => {
+    const name = el("span", { className: label && label === vote?.label ? "name agrees" : "name", textContent: label ?? id });
+    const value = el("span", { className: "score", textContent: score.toFixed(3), title: "cosine similarity" });
+    return el("li", {}, el("a", { href: `#/image/${id}`, title: id }, thumbnail(id, `Picture ${id}`), name, value));
+  });
+  $("neighbors").replaceChildren(...tiles);
+  $("vote").hidden = !neighbors.length;
+  if (neighbors.length) showVote(vote, image, neighbors.length);
+  const other = app.gallery.encoder && app.gallery.encoder.name !== app.encoder.name;
+  $("neighbors-note").textContent = error
+    ? `${titleOf(error)} ${error.message}`
+    : !neighbors.length
+      ? app.gallery.count
+        ? "There is no other picture in the gallery."
+        : "The gallery is empty: nothing can be near. Add this picture, and the next one has a neighbor."
+      : `The nearest of ${plural(app.gallery.count, "picture")}, by cosine similarity${other ? `, as ${app.gallery.encoder.name} sees them` : ""}. Click one to go on from there.`;
+  $("neighbors-time").textContent = took ? timeOf(took) : "";
+}
+
+function showVote(vote, image, count) {
+  const [text, bar] = $("vote").children;
+  bar.hidden = !vote.label;
+  if (!vote.label) {
+    text.textContent = "None of them has a label, so there is no vote.";
+    return;
+  }
+  const known = image?.label ? (image.label === vote.label ? ", and so does its label" : `; its label says ${image.label}`) : "";
+  const say = `The ${count} nearest say `;
+  text.replaceChildren(say, el("b", { textContent: vote.label }), `, with ${percent(vote.confidence)} of the vote${known}.`);
+  bar.firstElementChild.style.width = `${100 * vote.confidence}%`;
+}

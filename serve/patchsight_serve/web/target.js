@@ -1,0 +1,35 @@
+// What an address names: #/image/ID is a picture of the gallery, #/upload/N one of the person's own.
+
+import { call } from "./api.js";
+import { app } from "./state.js";
+
+/** A target: `{key, upload}`, `{key, id}`, or null. */
+export function targetOf(hash) {
+  const [, kind, name] = hash.match(/^#\/(image|upload)\/([\w.-]+)$/) ?? [];
+  if (kind === "image") return { key: hash, id: name };
+  return kind === "upload" && app.uploads[name]?.url ? { key: hash, upload: app.uploads[name] } : null;
+}
+
+/** The upload that became the gallery's image of this id, if it was one. */
+export const ownOf = (id) => app.uploads.find((upload) => upload.id === id);
+
+export const nameOf = ({ upload, id }) => (upload ?? ownOf(id))?.file.name ?? id;
+
+/** The bytes to encode: the person's own file where there is one, else what the gallery was given. */
+export async function bytesOf({ upload, id }) {
+  const own = upload ?? ownOf(id);
+  if (own) return own.file;
+  return partOf(id, "image").catch((error) => {
+    if (error.status === 404) return partOf(id, "thumbnail"); // this server keeps no originals
+    throw error;
+  });
+}
+
+/** A bitmap to show. The server reads formats that a browser does not: then the thumbnail's, or null without one. */
+export async function bitmapOf({ id }, bytes) {
+  const bitmap = await createImageBitmap(bytes).catch(() => null);
+  if (bitmap || !id) return bitmap;
+  return partOf(id, "thumbnail").then(createImageBitmap).catch(() => null);
+}
+
+const partOf = async (id, part) => (await call(`gallery/images/${encodeURIComponent(id)}/${part}`)).blob();
