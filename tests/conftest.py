@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -81,14 +82,30 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., str]]:
 
     Every server that a test starts must leave with exit code 0 when told to, at the latest at the test's end.
     """
+    with _servers(tmp_path) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def shared_serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
+    """`serve` for a server that all tests of a module use: none of them may change what it keeps."""
+    with _servers(tmp_path_factory.mktemp("shared")) as start:
+        yield start
+
+
+@contextmanager
+def _servers(folder: Path) -> Iterator[Callable[..., str]]:
+    """What `serve` promises. State and logs go to `folder`, where the processes run too."""
     running: list[subprocess.Popen[bytes]] = []
+    # A module's fixture is made before `clean_environment`.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PATCHSIGHT_")}
 
     def start(*arguments: object) -> str:
-        log = tmp_path / f"serve-{len(running)}.log"
+        log = folder / f"serve-{len(running)}.log"
         program = str(Path(sys.executable).parent / "patchsight-serve")
-        line = [program, "--port", "0", "--state-dir", str(tmp_path / "state"), *map(str, arguments)]
+        line = [program, "--port", "0", "--state-dir", str(folder / "state"), *map(str, arguments)]
         with log.open("wb") as file:
-            process = subprocess.Popen(line, stdout=file, stderr=file)
+            process = subprocess.Popen(line, stdout=file, stderr=file, cwd=folder, env=environment)
         running.append(process)
         return _address(process, log)
 
