@@ -135,6 +135,7 @@ def test_neighbors_are_judged_when_due(trainer: Make, random_pixels: Tensor) -> 
 def test_stopped_and_resumed_equals_never_stopped(objective: str, trainer: Make, random_pixels: Tensor) -> None:
     """Ctrl-C in the midst of an update, at three places; it is finished first."""
     whole = trainer(objective, random_pixels, run="whole", epochs=5)
+    handler = signal.getsignal(signal.SIGINT)
     whole.train()
     for stop in (1, 4, 7, None):
         part = trainer(objective, random_pixels, run="part", epochs=5)
@@ -147,7 +148,7 @@ def test_stopped_and_resumed_equals_never_stopped(objective: str, trainer: Make,
         assert checkpoint.complete(part.run)[-1] == stop
     assert metrics_of(whole.run) == metrics_of(part.run)
     assert files_of(whole.run, 10) == files_of(part.run, 10)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def interrupt_during(trainer: Trainer, step: int) -> None:

@@ -23,7 +23,7 @@ def test_every_recipe_is_a_setting_and_a_report(recipe: Path) -> None:
     text = recipe.read_text()
     command = re.search(rf"patchsight-train (\w+) --config train/recipes/{recipe.name}", text)
     assert command, "its header does not give the command"
-    for fact in ("Hardware:", "Expected:"):
+    for fact in ("Hardware:", "Time:", "Expected", "Measured"):
         assert fact in text
     settings = SETTINGS[command[1]].from_command_line("test", ["--config", str(recipe), "--data", "somewhere"])
     assert settings.dataset
