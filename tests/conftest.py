@@ -97,10 +97,10 @@ def shared_serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
 def _servers(folder: Path) -> Iterator[Callable[..., str]]:
     """What `serve` promises. State and logs go to `folder`, where the processes run too."""
     running: list[subprocess.Popen[bytes]] = []
-    # A module's fixture is made before `clean_environment`.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PATCHSIGHT_")}
 
     def start(*arguments: object) -> str:
+        # A module's fixture is made before `clean_environment`.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PATCHSIGHT_")}
         log = folder / f"serve-{len(running)}.log"
         program = str(Path(sys.executable).parent / "patchsight-serve")
         line = [program, "--port", "0", "--state-dir", str(folder / "state"), *map(str, arguments)]

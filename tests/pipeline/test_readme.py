@@ -41,7 +41,8 @@ def test_requests(url: str, tmp_path: Path, readme_commands: Callable[[Path], li
     (result,) = json.loads(embedded)["results"]
     assert len(result["embedding"]) == 128
     assert drawn == ""
-    assert Image.open(tmp_path / "attention.png").format == "PNG"
+    with Image.open(tmp_path / "attention.png") as picture:
+        assert picture.format == "PNG"
     found = json.loads(neighbors)
     assert [n["label"] for n in found["neighbors"]][0]
     assert len(found["neighbors"]) == 3
