@@ -58,7 +58,7 @@ class Attention(nn.Module):
         return q, k, v
 
     def forward(self, x: Tensor) -> Tensor:
-        # torch's fused CPU kernel trains 2.4 times slower at 65 tokens, docs/decisions.md
+        # torch's fused CPU kernel trains slower, docs/decisions.md
         if x.device.type == "cpu" and torch.is_grad_enabled():
             return self.explicit(x)[0]
         y = F.scaled_dot_product_attention(*self.heads_of(x))
