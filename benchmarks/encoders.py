@@ -97,6 +97,7 @@ def rows_of(data: str, gallery_n: int | None, query_n: int | None) -> list[Row]:
     def add(name: str, gallery: F32, queries: F32) -> None:
         figures = evaluate(gallery[:gallery_n], gallery_labels, queries[:query_n], query_labels)
         rows.append(Row(name, {str(k): value for k, value in figures.accuracy.items()}, figures.interval))
+        print(f"{data}: {name}: 20-NN {figures.accuracy[20]:.4f}", file=sys.stderr, flush=True)
 
     pixels, queries = pixels_of(train)[:gallery_n], pixels_of(test)[:query_n]
     mean = pixels.mean(axis=0)
