@@ -71,8 +71,8 @@ def histograms(pixels: np.ndarray) -> np.ndarray:
 
 def unit(rows: np.ndarray) -> np.ndarray:
     """Rows to length 1; a flat picture's stay near 0."""
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, length + 1e-6)
+    directions: np.ndarray = rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-6)
+    return directions
 
 
 def random_vit(pixels: np.ndarray) -> np.ndarray:
