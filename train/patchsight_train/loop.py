@@ -71,10 +71,11 @@ class Trainer:
     def one_step(self, bar: Progress, task: TaskID) -> None:
         """One update, its metrics, and k-NN where an epoch that asks for it ends."""
         start = time.perf_counter()
-        values = self.update(self.batch())
+        images = self.batch()
+        values = self.update(images)
         self.step += 1
         epoch = self.step / self.steps_per_epoch
-        values["images_per_s"] = round(self.settings.batch_size / (time.perf_counter() - start), 1)
+        values["images_per_s"] = round(len(images) / (time.perf_counter() - start), 1)
         if self.probe and self.knn_is_due():
             values["knn"] = self.probe.accuracy(self.objective.kept, self.objective.pooling, self.device)
             bar.console.print(f"epoch {int(epoch)}: loss {values['loss']:.4f}, 20-NN {values['knn']:.4f}")
