@@ -201,6 +201,19 @@ def test_bad_images_among_good_ones(
         assert (result["index"], result["error"]["code"], result["error"]["param"]) == (i, code, f"images[{i}]")
 
 
+@pytest.mark.parametrize("way", SEVERAL)
+def test_odd_images_among_bad_ones_are_embedded_as_alone(
+    way: str, client: TestClient, odd_images: dict[str, bytes], bad_images: dict[str, tuple[bytes, int, str]]
+) -> None:
+    """CMYK, 16-bit, palette, rotated, animated, 1 × 1: each gets what it gets alone, whatever stands beside it."""
+    bad = [data for data, _, _ in bad_images.values()]
+    mixed = [image for i, odd in enumerate(odd_images.values()) for image in (odd, bad[i % len(bad)])]
+    results = SEVERAL[way](client, mixed).json()["results"]
+    assert ["error" in result for result in results] == [False, True] * len(odd_images)
+    for odd, result in zip(odd_images.values(), results[::2], strict=True):
+        np.testing.assert_allclose(result["embedding"], oracle(odd, "embedding"), rtol=1e-6)
+
+
 def test_only_bad_images_are_still_answered_one_by_one(
     client: TestClient, bad_images: dict[str, tuple[bytes, int, str]]
 ) -> None:
