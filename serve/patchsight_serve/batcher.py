@@ -10,8 +10,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Self
 
@@ -88,9 +88,12 @@ class Batcher:
 
     # Requests, on the event loop
 
-    @contextmanager
-    def admit(self, images: int) -> Iterator[None]:
-        """Hold `images` places. Raises Overloaded at once, and holds none, if there are not as many."""
+    @asynccontextmanager
+    async def admit(self, images: int, timeout_s: float) -> AsyncIterator[None]:
+        """Hold `images` places for the block, which has `timeout_s` seconds.
+
+        Raises Overloaded at once, and holds none, if there are not as many places; DeadlineExceeded when time is up.
+        """
         if self.admitted + images > self.max_queue:
             wait_s = self.admitted / self._rate if self._rate else 1.0
             raise Overloaded(
@@ -99,20 +102,12 @@ class Batcher:
             )
         self.admitted += images
         try:
-            yield
+            async with asyncio.timeout(timeout_s):
+                yield
+        except TimeoutError:
+            raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
         finally:
             self.admitted -= images
-
-    async def submit(
-        self, images: Sequence[Pixels], outputs: Sequence[str], timeout_s: float
-    ) -> tuple[list[Result], Timing]:
-        """`admit` and `run`, within `timeout_s` seconds. Raises Overloaded, DeadlineExceeded, NotReady."""
-        with self.admit(len(images)):
-            try:
-                async with asyncio.timeout(timeout_s):
-                    return await self.run(images, outputs)
-            except TimeoutError:
-                raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
 
     async def run(self, images: Sequence[Pixels], outputs: Sequence[str]) -> tuple[list[Result], Timing]:
         """Encode images that are already admitted.

@@ -5,6 +5,7 @@ import binascii
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
 from starlette.datastructures import FormData
@@ -127,12 +128,17 @@ async def _parts(form: FormData) -> Multipart:
     return Multipart(images, fields)
 
 
-def from_json(body: bytes, limits: BodyLimits) -> list[bytes | PatchsightError]:
-    """`{"images": [base64 or data URI, …]}` to bytes. Raises InvalidRequest, TooLarge."""
+def parse_json(body: bytes) -> Any:
+    """Raises InvalidRequest where the body is not JSON."""
     try:
-        content = orjson.loads(body)
+        return orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
+
+
+def from_json(body: bytes, limits: BodyLimits) -> list[bytes | PatchsightError]:
+    """`{"images": [base64 or data URI, …]}` to bytes. Raises InvalidRequest, TooLarge."""
+    content = parse_json(body)
     images = content.get(FIELD) if isinstance(content, dict) else None
     if not isinstance(images, list) or not images:
         raise InvalidRequest('the JSON body must be {"images": [base64 or data URI, …]} with at least one image', FIELD)

@@ -8,7 +8,7 @@ import orjson
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from patchsight_serve.bodies import media_type, read_body, read_images, read_multipart
+from patchsight_serve.bodies import media_type, parse_json, read_body, read_images, read_multipart
 from patchsight_serve.collection import DEFAULT, Galleries
 from patchsight_serve.errors import InvalidRequest, PatchsightError, UnsupportedImage
 from patchsight_serve.gallery_schemas import ADD_BODY, PATCH_BODY, AddReply, GalleryImage, GalleryInfo, ImagePage
@@ -130,11 +130,7 @@ async def get(request: Request, id: str, gallery_name: GalleryQuery = DEFAULT) -
 
 async def patch(request: Request, id: str, gallery_name: GalleryQuery = DEFAULT) -> Response:
     """What the body does not name stays; a label of null removes it; metadata is replaced as a whole."""
-    body = await read_body(request, request.app.state.service.body_limits)
-    try:
-        content = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is not JSON: {error}") from None
+    content = parse_json(await read_body(request, request.app.state.service.body_limits))
     if not isinstance(content, dict) or set(content) - {"label", "metadata"}:
         raise InvalidRequest('the body must be a JSON object with "label", "metadata" or both')
     changes = Changes(**content)  # type: ignore[typeddict-item]

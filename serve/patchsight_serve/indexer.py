@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from patchsight_serve.decode import open_rgb
-from patchsight_serve.encoder import Values
+from patchsight_serve.decode import fit, open_rgb
+from patchsight_serve.encoder import Pixels, Values
 from patchsight_serve.errors import Conflict, InvalidRequest, PatchsightError
 from patchsight_serve.gallery import Gallery
 from patchsight_serve.item import Identity, Item, NewImage
 from patchsight_serve.nearest import normalize
-from patchsight_serve.service import Service
+from patchsight_serve.service import Service, graph_name
 from patchsight_serve.timing import Timing
 
 THUMBNAIL_SIDE = 160  # pixels of the longer side, at most
@@ -71,7 +71,8 @@ async def index_images(
 
     uploads: an error in the place of an image stays in its place. replace, facts: as in `Gallery.add`.
 
-    Raises for the request as a whole: Conflict (another encoder), StorageFull, and what `Service.embed_images` raises.
+    Raises for the request as a whole: Conflict (another encoder), StorageFull, and what `Service.admitted` and
+    `Service.infer` raise.
     """
     results: list[Added | PatchsightError | None] = [u if isinstance(u, PatchsightError) else None for u in uploads]
     waiting = [(i, u) for i, u in enumerate(uploads) if isinstance(u, Upload)]
@@ -82,19 +83,13 @@ async def index_images(
             results[i] = Added(upload.item.id, False) if there else None
         waiting = [pair for pair, there in zip(waiting, held, strict=True) if not there]
     if waiting:
-        blobs = [upload.data for _, upload in waiting]
-        embedded = await service.embed_images(blobs, encoder.name, ("embedding",), timing)
-        thumbnails = await service.decode_images(
-            [e if isinstance(e, PatchsightError) else blob for blob, e in zip(blobs, embedded, strict=True)],
-            lambda data: thumbnail(data, service),
-        )
+        made = await _new_images(service, encoder.name, [upload for _, upload in waiting], timing)
         images: list[tuple[int, NewImage]] = []
-        for (i, upload), values, picture in zip(waiting, embedded, thumbnails, strict=True):
-            made = _new_image(upload, values, picture)
-            if isinstance(made, NewImage):
-                images.append((i, made))
+        for (i, _), entry in zip(waiting, made, strict=True):
+            if isinstance(entry, NewImage):
+                images.append((i, entry))
             else:
-                results[i] = made
+                results[i] = entry
         added = await asyncio.to_thread(gallery.add, [image for _, image in images], encoder, replace, facts)
         for (i, image), outcome in zip(images, added, strict=True):
             results[i] = outcome if isinstance(outcome, PatchsightError) else Added(image.item.id, outcome)
@@ -103,23 +98,41 @@ async def index_images(
     return [result for result in results if result is not None]
 
 
-def _new_image(
-    upload: Upload, values: dict[str, Values] | PatchsightError, picture: bytes | PatchsightError
-) -> NewImage | PatchsightError:
-    if isinstance(values, PatchsightError):
-        return values
-    if isinstance(picture, PatchsightError):
-        return picture
+async def _new_images(
+    service: Service, encoder_name: str, uploads: Sequence[Upload], timing: Timing | None
+) -> list[NewImage | PatchsightError]:
+    """Vector and thumbnail of each image, which is decoded once for both; or what is wrong with it."""
+    manifest = service.encoder(encoder_name).manifest
+    name = graph_name("embedding", manifest)
+
+    def prepare(data: bytes) -> tuple[Pixels, bytes]:
+        picture = open_rgb(data, service.limits)
+        return fit(picture, manifest.transform), thumbnail(picture)
+
+    async with service.admitted(len(uploads), encoder_name):
+        prepared = await service.decode_images([upload.data for upload in uploads], prepare, timing)
+        pixels = [entry[0] for entry in prepared if not isinstance(entry, PatchsightError)]
+        encoded = iter(await service.infer(pixels, encoder_name, [name], timing))
+    made: list[NewImage | PatchsightError] = []
+    for upload, entry in zip(uploads, prepared, strict=True):
+        if isinstance(entry, PatchsightError):
+            made.append(entry)
+            continue
+        values = next(encoded)
+        made.append(values if isinstance(values, PatchsightError) else _new_image(upload, values[name], entry[1]))
+    return made
+
+
+def _new_image(upload: Upload, vector: Values, picture: bytes) -> NewImage | PatchsightError:
     try:
-        return NewImage(upload.item, upload.data, picture, normalize(values["embedding"]))
+        return NewImage(upload.item, upload.data, picture, normalize(vector))
     except InvalidRequest:
         # Not the sender's fault: the image was fine, the encoder's numbers are not.
         return PatchsightError("the encoder's embedding of this image is NaN, infinite or of length 0")
 
 
-def thumbnail(data: bytes, service: Service) -> bytes:
-    """JPEG of at most 160 pixels. Raises the errors of `decode`."""
-    picture = open_rgb(data, service.limits)
+def thumbnail(picture: Image.Image) -> bytes:
+    """JPEG of at most 160 pixels; the picture itself becomes that small."""
     picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BICUBIC)
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=85)

@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
-import orjson
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
-from patchsight_serve.bodies import media_type, read_body, read_images
+from patchsight_serve.bodies import media_type, parse_json, read_body, read_images
 from patchsight_serve.collection import DEFAULT
 from patchsight_serve.departure import while_connected
 from patchsight_serve.errors import InvalidRequest, PatchsightError
@@ -130,10 +129,7 @@ def elect(neighbors: Sequence[Neighbor]) -> dict[str, Any]:
 
 def _of_examples(gallery: Gallery, body: bytes) -> tuple[F32, list[str]]:
     """The query that a JSON body describes, `(D,)`, and the ids in it. Raises InvalidRequest, NotFound."""
-    try:
-        content = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is not JSON: {error}") from None
+    content = parse_json(body)
     keys = {"ids", "vectors", "negative"}
     if not isinstance(content, dict) or set(content) - keys:
         raise InvalidRequest('the JSON body must be an object with "ids", "vectors" and "negative", each optional')

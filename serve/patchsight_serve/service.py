@@ -131,14 +131,10 @@ class Service:
         Raises Overloaded at once if there are not enough places, DeadlineExceeded after `settings.timeout_s`.
         """
         try:
-            with self.batchers[encoder_name].admit(images):
-                async with asyncio.timeout(self.settings.timeout_s):
-                    yield
-        except TimeoutError:
-            self.metrics.rejected.labels(DeadlineExceeded.code).inc(images)
-            raise DeadlineExceeded(f"no answer within {self.settings.timeout_s:g} s") from None
-        except Overloaded:
-            self.metrics.rejected.labels(Overloaded.code).inc(images)
+            async with self.batchers[encoder_name].admit(images, self.settings.timeout_s):
+                yield
+        except (DeadlineExceeded, Overloaded) as error:
+            self.metrics.rejected.labels(error.code).inc(images)
             raise
 
     async def decode_images(
