@@ -1,12 +1,12 @@
-"""The numbers that fix a Vision Transformer's parameters. Imports no torch: settings are checked against it."""
+"""The numbers that fix an encoder's parameters. Imports no torch: settings are checked against it."""
 
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Everything that fixes the encoder's parameters."""
+    """Everything that fixes a Vision Transformer's parameters."""
 
     image_size: int = 32  # pixels; the input is square
     patch_size: int = 4  # pixels; divides image_size
@@ -39,11 +39,53 @@ class ViTConfig:
         return 1 + self.registers
 
 
-SIZES = {
+@dataclass(frozen=True)
+class ResNetConfig:
+    """Everything that fixes a ResNet's parameters."""
+
+    image_size: int = 32  # pixels; the input is square
+    depth: Literal[18, 50] = 18
+    stem: Literal["imagenet", "cifar"] = "cifar"  # cifar: 3×3, stride 1, no pooling, arXiv:2002.05709 App. B.9
+
+    @property
+    def width(self) -> int:
+        """D: channels of the last map."""
+        return 512 if self.depth == 18 else 2048
+
+    @property
+    def grid(self) -> int:
+        """Cells of the last map along one side."""
+        return -(-self.image_size // (32 if self.stem == "imagenet" else 8))
+
+    @property
+    def prefix_tokens(self) -> int:
+        return 0
+
+
+EncoderConfig = ViTConfig | ResNetConfig
+
+Backbone = Literal["vit-tiny", "vit-small", "vit-base", "resnet18", "resnet50"]
+SIZES: dict[str, dict[str, int]] = {
     "tiny": {"width": 192, "depth": 12, "heads": 3},
     "small": {"width": 384, "depth": 12, "heads": 6},
     "base": {"width": 768, "depth": 12, "heads": 12},
 }
 
-# What a run can choose, by the names of its settings and of config.toml.
-CHOICES = tuple(field.name for field in fields(ViTConfig) if field.name != "no_embed_class")
+# What a run can choose, by the names of its settings and of config.toml; what is None goes by the backbone.
+CHOICES = (
+    "backbone", "image_size", "patch_size", "width", "depth", "heads", "mlp_ratio", "registers", "stem",
+)  # fmt: skip
+
+
+def architecture(choices: dict[str, Any]) -> EncoderConfig:
+    """The encoder that `CHOICES` describe. Raises ValueError where they do not fit together."""
+    backbone = choices.get("backbone", "vit-tiny")
+    given = {k: v for k, v in choices.items() if k in CHOICES and k != "backbone" and v is not None}
+    if backbone.startswith("vit-"):
+        return ViTConfig(**{**SIZES[backbone.removeprefix("vit-")], **given})
+    size = given["image_size"]
+    stem = given.get("stem", "cifar" if size <= 64 else "imagenet")
+    unfit = sorted(given.keys() & {"width", "depth", "heads"})
+    if unfit or stem not in ("imagenet", "cifar"):
+        raise ValueError(f"{backbone} has no {', '.join(unfit) or f'stem {stem!r}; its stems are imagenet and cifar'}")
+    return ResNetConfig(size, 18 if backbone == "resnet18" else 50, stem)

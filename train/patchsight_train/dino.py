@@ -1,22 +1,25 @@
 """DINO: emerging properties in self-supervised vision transformers, arXiv:2104.14294.
 
-In the order of its Algorithm 1: two global views · student and teacher · centered and sharpened targets · cross-entropy
-over the pairs of different views · teacher and center as moving averages. Letters: B images, K prototypes (the head's
-output), τ_s and τ_t temperatures, C center, l teacher momentum, m center momentum.
+In the order of its Algorithm 1: two global views and local ones · student and teacher · centered and sharpened targets ·
+cross-entropy over the pairs of different views · teacher and center as moving averages. Letters: B images, K prototypes
+(the head's output), τ_s and τ_t temperatures, C center, l teacher momentum, m center momentum.
 """
 
 import copy
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from patchsight_train.objective import Metrics, Objective
+from patchsight_train.distributed import mean_over_ranks
+from patchsight_train.encoder import Encoder, default_pooling
+from patchsight_train.multi_crop import GLOBAL, crops, cut, batches
+from patchsight_train.objective import Metrics, Objective, When
+from patchsight_train.objective_settings import DINOSettings
+from patchsight_train.randomness import Randomness
 from patchsight_train.schedule import cosine
-from patchsight_train.settings import DINOSettings
-from patchsight_train.views import View, augment
-from patchsight_train.vit import ViT
 
 
 class DINOHead(nn.Module):
@@ -45,11 +48,11 @@ class DINOHead(nn.Module):
 
 class DINO(Objective):
     encoder_name = "teacher"  # better than the student throughout training, section 5.1
-    pooling = "cls"
 
-    def __init__(self, encoder: ViT, settings: DINOSettings) -> None:
+    def __init__(self, encoder: Encoder, settings: DINOSettings) -> None:
         super().__init__()
         width = encoder.config.width
+        self.pooling = default_pooling(encoder.config)
         self.student = encoder
         self.student_head = DINOHead(width, settings.head_hidden, settings.bottleneck, settings.prototypes)
         # Both start from the same parameters. weight_norm cannot be deep-copied, so the head is built and loaded.
@@ -60,14 +63,9 @@ class DINO(Objective):
             parameter.requires_grad_(False)
         self.center: Tensor
         self.register_buffer("center", torch.zeros(1, settings.prototypes))
-        self.teacher_logits: Tensor  # of this step, for the center
+        self.teacher_mean: Tensor  # (1, K): of this step's logits, for the center
         self.settings = settings
-        size = encoder.config.image_size
-        jitter = (0.4, 0.4, 0.2, 0.1)
-        # BYOL's pair of views (App. B there): the blur is left out at sizes where it would erase the picture.
-        blur = (1.0, 0.1) if size >= 64 else (0.0, 0.0)
-        self.first = View(size, settings.crop_scale, jitter=jitter, gray=0.2, blur=blur[0])
-        self.second = View(size, settings.crop_scale, jitter=jitter, gray=0.2, blur=blur[1], solarize=0.2)
+        self.crops = crops(settings)
 
     def teacher_parameters(self) -> list[nn.Parameter]:
         return [*self.teacher.parameters(), *self.teacher_head.parameters()]
@@ -75,60 +73,91 @@ class DINO(Objective):
     def student_parameters(self) -> list[nn.Parameter]:
         return [*self.student.parameters(), *self.student_head.parameters()]
 
-    def views(self, images: Tensor, generator: Generator) -> list[Tensor]:
-        return [augment(images, self.first, generator), augment(images, self.second, generator)]
+    def views(self, images: Tensor, random: Randomness) -> list[Tensor]:
+        return cut(images, self.crops, random)
 
-    def loss(self, views: list[Tensor], generator: Generator) -> tuple[Tensor, Metrics]:  # noqa: ARG002
-        x = torch.cat(views)
-        s = self.student_head(self.student(x)[:, 0])
-        with torch.no_grad():
-            t = self.teacher_head(self.teacher(x)[:, 0])
-        settings = self.settings
-        loss, entropy = dino_loss(
-            s.chunk(2), t.chunk(2), self.center, settings.student_temperature, settings.teacher_temperature
-        )
-        self.teacher_logits = t
-        return loss, {"teacher_entropy": entropy}
+    def parts(self, views: list[Tensor], when: When) -> Iterator[tuple[Tensor, Metrics]]:
+        """The teacher sees the global views; the student all, a batch of one size at a time."""
+        targets, metrics = self.targets(views[:GLOBAL], when)
+        pairs = GLOBAL * (len(views) - 1)  # of different views, Eq. 3
+        tau = self.settings.student_temperature
+        for x, pieces in batches(views, self.micro_batch):
+            s = self.student_head(self.student.pooled(x, self.pooling))
+            loss = self.part(s, pieces, targets, tau) / pairs
+            yield loss, {"loss": loss.detach(), **metrics}
+            metrics = {}
 
-    def before_update(self, epoch: float) -> None:
-        """The last layer stays as it is at first (App. B): it would follow the noise of an untrained backbone."""
-        if epoch < self.settings.freeze_last_layer_epochs:
+    @torch.no_grad()
+    def targets(self, views: list[Tensor], when: When) -> tuple[list[Tensor], Metrics]:
+        """The teacher's centered and sharpened softmax of each global view, `(B, K)`; its entropy, and that of its mean.
+
+        The mean's entropy tells a teacher that has an opinion on every image from one that has the same on all.
+        """
+        teach = [self.teacher_head(self.teacher.pooled(x, self.pooling)) for x, _ in batches(views, self.micro_batch)]
+        logits = torch.cat(teach)
+        self.teacher_mean = mean_over_ranks(logits.float().mean(dim=0, keepdim=True))
+        tau = self.teacher_temperature(when.epoch)
+        t = sharpen(logits, self.center, tau)
+        return list(t.chunk(GLOBAL)), {
+            "teacher_entropy": entropy(t).mean(),
+            "teacher_mean_entropy": entropy(mean_over_ranks(t.mean(dim=0))),
+            "teacher_temperature": torch.tensor(tau),
+        }
+
+    def part(
+        self, s: Tensor, pieces: list[tuple[int, slice]], targets: list[Tensor], tau: float
+    ) -> Tensor:
+        """Sum of H(t, s) over the pairs of a target and a different student view in `pieces`; a mean over all images."""
+        B = len(targets[0])
+        with torch.autocast(s.device.type, enabled=False):
+            logs = (s.float() / tau).log_softmax(dim=-1).split([rows.stop - rows.start for _, rows in pieces])
+            terms = [
+                cross_entropy(t[rows], log) / B
+                for (j, rows), log in zip(pieces, logs, strict=True)
+                for i, t in enumerate(targets)
+                if i != j
+            ]
+            return torch.stack(terms).sum()
+
+    def teacher_temperature(self, epoch: float) -> float:
+        """τ_t: linear from its warm-up value, then constant (App. C)."""
+        s = self.settings
+        start = min(s.warmup_teacher_temperature, s.teacher_temperature)
+        share = min(epoch / s.warmup_teacher_epochs, 1.0) if s.warmup_teacher_epochs else 1.0
+        return start + (s.teacher_temperature - start) * share
+
+    def before_update(self, when: When) -> None:
+        """The last layer stays as it is at first (App. C): it would follow the noise of an untrained backbone."""
+        if when.epoch < self.settings.freeze_last_layer_epochs:
             for parameter in self.student_head.last_layer.parameters():
                 parameter.grad = None
 
     @torch.no_grad()
-    def after_update(self, progress: float) -> None:
-        momentum = cosine_to_one(self.settings.teacher_momentum, progress)
-        for teacher, student in zip(self.teacher_parameters(), self.student_parameters(), strict=True):
-            teacher.lerp_(student, 1 - momentum)  # θ_t ← l θ_t + (1 − l) θ_s
-        self.center = update_center(self.center, self.teacher_logits, self.settings.center_momentum)
+    def after_update(self, when: When) -> None:
+        momentum = cosine(when.progress, 1.0, self.settings.teacher_momentum, 1.0)
+        move_average(self.teacher_parameters(), self.student_parameters(), momentum)
+        for ours, theirs in zip(self.teacher.buffers(), self.student.buffers(), strict=True):
+            ours.copy_(theirs)  # batch norm's statistics, where there are any
+        m = self.settings.center_momentum
+        self.center = m * self.center + (1 - m) * self.teacher_mean  # Eq. 4
 
 
-def cosine_to_one(start: float, progress: float) -> float:
-    """The teacher's momentum l: from `start` to 1 along half a cosine, `progress` in 0..1."""
-    return cosine(progress, 1.0, start, 1.0)
+def move_average(teacher: list[nn.Parameter], student: list[nn.Parameter], momentum: float) -> None:
+    """θ_t ← l θ_t + (1 − l) θ_s, all parameters in few calls of the device."""
+    torch._foreach_lerp_(teacher, student, 1 - momentum)
 
 
-def dino_loss(
-    student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], center: Tensor, tau_s: float, tau_t: float
-) -> tuple[Tensor, Tensor]:
-    """H(t, s) of Algorithm 1, averaged over all pairs of different views.
-
-    Args:
-        student, teacher: one `(B, K)` tensor of logits a view; no gradient flows into the teacher's.
-        center: C, `(1, K)`.
-
-    Returns:
-        The scalar float32 loss, ln K when the teacher is uniform and the student too; and the teacher's mean entropy.
-    """
-    with torch.autocast(center.device.type, enabled=False):
-        targets = [((t.detach().float() - center) / tau_t).softmax(dim=-1) for t in teacher]
-        logs = [(s.float() / tau_s).log_softmax(dim=-1) for s in student]
-        terms = [-(t * s).sum(dim=-1).mean() for i, t in enumerate(targets) for j, s in enumerate(logs) if i != j]
-        entropy = torch.stack([-torch.special.xlogy(t, t).sum(dim=-1).mean() for t in targets]).mean()
-        return torch.stack(terms).mean(), entropy
+def sharpen(logits: Tensor, center: Tensor, tau: float) -> Tensor:
+    """P_t: softmax((g_t(x) − C) / τ_t), float32 `(B, K)`."""
+    with torch.autocast(logits.device.type, enabled=False):
+        return ((logits.float() - center) / tau).softmax(dim=-1)
 
 
-def update_center(center: Tensor, teacher: Tensor, momentum: float) -> Tensor:
-    """C ← m C + (1 − m) mean of the teacher's logits `(n·B, K)` over views and images, Eq. 4."""
-    return momentum * center + (1 - momentum) * teacher.detach().float().mean(dim=0, keepdim=True)
+def cross_entropy(t: Tensor, log_s: Tensor) -> Tensor:
+    """H(t, s) = −Σ t log s, summed over images; both `(B, K)`."""
+    return -(t * log_s).sum()
+
+
+def entropy(t: Tensor) -> Tensor:
+    """−Σ t log t along the last axis, nats."""
+    return -torch.special.xlogy(t, t).sum(dim=-1)

@@ -5,21 +5,25 @@ normalized pixels of the hidden patches as target. Letters: N images, L patches,
 d decoder width, p patch size.
 """
 
+import math
+
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from patchsight_train.objective import Metrics, Objective
-from patchsight_train.settings import MAESettings
-from patchsight_train.views import View, augment
+from patchsight_train.objective_settings import MAESettings
+from patchsight_train.randomness import Randomness
+from patchsight_train.views import View, augment, denormalize
 from patchsight_train.vit import Block, ViT, sincos_positions
 
 
 class MAE(Objective):
     encoder_name = "encoder"
-    pooling = "mean"  # the CLS token is never trained to mean anything; judge by probe and fine-tuning
+    encoder: ViT
 
     def __init__(self, encoder: ViT, settings: MAESettings) -> None:
         super().__init__()
+        self.pooling = "mean"  # the CLS token is never trained to mean anything; judge by probe and fine-tuning
         if encoder.config.stem != "patch":
             raise ValueError("MAE needs the patch stem: a convolutional one lets visible patches see the hidden ones")
         self.encoder = encoder
@@ -41,17 +45,34 @@ class MAE(Objective):
         self.decoder_pred = nn.Linear(d, config.patch_size**2 * 3)
         nn.init.normal_(self.mask_token, std=0.02)
         # The paper scales crops between 0.2 and 1 and flips; it needs no color distortion.
-        self.view = View(size=config.image_size, scale=(0.2, 1.0))
+        self.view = View(size=config.image_size, scale=settings.crop_scale)
 
-    def views(self, images: Tensor, generator: Generator) -> list[Tensor]:
-        return [augment(images, self.view, generator)]
+    def views(self, images: Tensor, random: Randomness) -> list[Tensor]:
+        """The view, and the noise `(B, L)` whose order decides what is hidden."""
+        return [augment(images, self.view, random), random.rand(len(images), self.encoder.config.grid**2)]
 
-    def loss(self, views: list[Tensor], generator: Generator) -> tuple[Tensor, Metrics]:
-        (x,) = views
-        keep, restore, mask = random_masking(len(x), self.encoder.config.grid**2, self.mask_ratio, generator, x.device)
-        latent = self.encode(x, keep)
-        pred = self.decode(latent, restore)
+    def loss(self, views: list[Tensor]) -> tuple[Tensor, Metrics]:
+        x, noise = views
+        keep, restore, mask = random_masking(noise, self.mask_ratio)
+        pred = self.decode(self.encode(x, keep), restore)
         return masked_pixel_loss(pred, patchify(x, self.patch_size), mask, self.normalize_pixels), {}
+
+    @torch.no_grad()
+    def reconstruct(self, views: list[Tensor]) -> Tensor:
+        """The hidden patches as predicted, the visible ones as they are."""
+        x, noise = views
+        keep, restore, mask = random_masking(noise, self.mask_ratio)
+        pred, target = self.decode(self.encode(x, keep), restore).float(), patchify(x, self.patch_size)
+        if self.normalize_pixels:  # only contrast is predicted: the patch's own mean and variance are lent back
+            pred = pred * (target.var(dim=-1, keepdim=True) + 1e-6) ** 0.5 + target.mean(dim=-1, keepdim=True)
+        return denormalize(unpatchify(torch.where(mask.bool().unsqueeze(-1), pred, target), self.patch_size))
+
+    def masked(self, views: list[Tensor]) -> Tensor:
+        """What the encoder sees: float32 `(B, 3, S, S)` in 0..1, hidden patches gray."""
+        x, noise = views
+        mask = random_masking(noise, self.mask_ratio)[2].bool().unsqueeze(-1)
+        pictures = patchify(denormalize(x), self.patch_size)
+        return unpatchify(torch.where(mask, 0.5, pictures), self.patch_size)
 
     def encode(self, x: Tensor, keep: Tensor) -> Tensor:
         """Images `(N, 3, H, W)` and the visible patches' indices `(N, V)` to tokens `(N, P + V, D)`."""
@@ -60,9 +81,7 @@ class MAE(Objective):
         tokens = take(tokens, keep)  # length L -> V
         prefix = encoder.prefix(len(x)) + encoder.pos_embed[:, :P]
         tokens = torch.cat([prefix, tokens], dim=1)
-        for block in encoder.blocks:
-            tokens = block(tokens)
-        out: Tensor = encoder.norm(tokens)
+        out: Tensor = encoder.norm(encoder.run_blocks(tokens))
         return out
 
     def decode(self, latent: Tensor, restore: Tensor) -> Tensor:
@@ -95,18 +114,17 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-def random_masking(
-    N: int, L: int, mask_ratio: float, generator: Generator, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-image random masking by sorting noise.
+def random_masking(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-image random masking by sorting noise `(N, L)`.
 
     Returns:
         keep: int64 `(N, V)`, indices of the V = round(L · (1 − ratio)) visible patches, 1 ≤ V < L.
         restore: int64 `(N, L)`: `take(cat([visible, hidden]), restore)` is in the original order.
         mask: float32 `(N, L)`, 0 is visible, 1 is hidden.
     """
+    L = noise.shape[1]
     V = min(max(round(L * (1 - mask_ratio)), 1), L - 1)
-    shuffle = torch.rand(N, L, generator=generator, device=device).argsort(dim=1)
+    shuffle = noise.argsort(dim=1)
     restore = shuffle.argsort(dim=1)
     mask = (restore >= V).float()
     return shuffle[:, :V], restore, mask
@@ -116,6 +134,13 @@ def patchify(x: Tensor, p: int) -> Tensor:
     """`(N, 3, H, W)` to `(N, L, p·p·3)`: patches row by row, their pixels row by row, channels last as there."""
     N, C, H, W = x.shape
     return x.reshape(N, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1).reshape(N, (H // p) * (W // p), p * p * C)
+
+
+def unpatchify(patches: Tensor, p: int) -> Tensor:
+    """The inverse of `patchify`, for square pictures: `(N, L, p·p·3)` to `(N, 3, H, W)`."""
+    N, L, _ = patches.shape
+    g = math.isqrt(L)
+    return patches.reshape(N, g, g, p, p, 3).permute(0, 5, 1, 3, 2, 4).reshape(N, 3, g * p, g * p)
 
 
 def masked_pixel_loss(pred: Tensor, target: Tensor, mask: Tensor, normalize_pixels: bool) -> Tensor:

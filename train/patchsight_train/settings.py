@@ -1,4 +1,5 @@
-"""What a training run can be told: one class per objective. Imports no torch, so that `--help` answers at once."""
+"""What every training run can be told; `objective_settings.py` adds what each objective has of its own. Imports no torch, so
+that `--help` answers at once."""
 
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -7,10 +8,11 @@ from pydantic import AfterValidator, Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from patchsight_serve.config import CommandSettings
-from patchsight_train.architecture import CHOICES, ViTConfig
+from patchsight_train.architecture import CHOICES, Backbone, EncoderConfig, ViTConfig, architecture
 
 Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
 
 
 def _ascending(scale: tuple[float, float]) -> tuple[float, float]:
@@ -34,101 +36,86 @@ class TrainSettings(CommandSettings):
     limit: Positive | None = Field(None, description="use only the first images of the data")
     dataset: str = Field("", description="what the data is, for the encoder's manifest")
     license: str = Field("unstated", description="terms of the data, for the encoder's manifest")
+    init: Path | None = Field(None, description="start from the encoder of this bundle or run folder")
 
-    image_size: Positive = Field(32, description="pixels; photos are resized and cut to this square")
-    patch_size: Positive = Field(4, description="pixels; divides image_size")
-    width: Positive = 192
-    depth: Positive = 12
-    heads: Positive = Field(3, description="divides width")
+    backbone: Backbone = Field("vit-tiny", description="vit-tiny, vit-small, vit-base, resnet18 or resnet50")
+    image_size: Positive = Field(32, description="pixels of a global view (default: by the data and the device)")
+    patch_size: Positive = Field(4, description="pixels; divides image_size (default: by image_size and the device)")
+    width: Positive | None = Field(None, description="D of the ViT (default: the backbone's)")
+    depth: Positive | None = Field(None, description="blocks of the ViT (default: the backbone's)")
+    heads: Positive | None = Field(None, description="divides width (default: the backbone's)")
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
     registers: Annotated[int, Field(ge=0)] = 0
-    stem: Literal["patch", "conv"] = Field("patch", description="conv: a small convolutional stem (not for MAE)")
+    stem: Literal["patch", "conv", "cifar", "imagenet"] | None = Field(
+        None, description="conv: a small convolutional stem for ViTs, not for MAE; cifar, imagenet: of ResNets"
+    )
+    stored_size: Positive | None = Field(None, description="pixels at which pictures are kept, from which views are cut")
 
-    epochs: Positive = 100
-    batch_size: Annotated[int, Field(ge=2)] = 512
+    epochs: Positive = Field(100, description="(default: by the number of images and the device)")
+    batch_size: Annotated[int, Field(ge=2)] = Field(512, description="images a step, over all ranks (default: likewise)")
+    micro_batch: Positive | None = Field(None, description="images a forward: less memory, the same numbers")
+    recompute: bool = Field(False, description="activation checkpointing of ViTs: less memory, a third more work")
+    compile: bool = Field(False, description="torch.compile the encoder's blocks")
+    resident: bool | None = Field(None, description="keep all pictures decoded in memory (default: where they fit)")
     lr: Annotated[float, Field(gt=0)] = Field(1e-3, description="peak learning rate of AdamW at this batch size")
-    final_lr: Annotated[float, Field(ge=0)] = 1e-6
-    warmup_epochs: Annotated[float, Field(ge=0)] = 10
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    final_weight_decay: Annotated[float, Field(ge=0)] | None = Field(None, description="cosine to this, if set")
-    beta2: Fraction = 0.95
-    clip_grad: Annotated[float, Field(ge=0)] = Field(3.0, description="largest gradient norm; 0 for none")
+    final_lr: NonNegative = 1e-6
+    warmup_epochs: NonNegative = 10
+    weight_decay: NonNegative = 0.05
+    final_weight_decay: NonNegative | None = Field(None, description="cosine to this, if set")
+    beta2: Share = 0.95
+    clip_grad: NonNegative = Field(3.0, description="largest gradient norm; 0 for none")
 
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device has it")
     threads: Positive | None = Field(None, description="CPU threads (default: torch's own choice)")
     checkpoint_every: Positive = Field(500, description="steps; the last two checkpoints are kept")
+    tensorboard: bool = Field(False, description="write TensorBoard events beside metrics.jsonl")
+    on_collapse: Literal["warn", "stop"] = Field("warn", description="what to do when the run shows a sign of collapse")
     knn_test: list[str] = Field([], description="labelled images to judge by; else a tenth of the labelled data")
-    knn_every: Annotated[int, Field(ge=0)] = Field(5, description="epochs between k-NN evaluations; 0 for none")
+    knn_every: Annotated[int, Field(ge=0)] = Field(5, description="epochs between evaluations; 0 for none")
     knn_gallery: Positive = Field(10_000, description="at most so many labelled images as gallery")
     knn_queries: Positive = Field(2_000, description="at most so many as queries")
 
     @property
-    def architecture(self) -> ViTConfig:
+    def architecture(self) -> EncoderConfig:
         """The encoder that these settings describe. Raises ValueError where its numbers do not fit together."""
-        return ViTConfig(**{name: getattr(self, name) for name in CHOICES})
+        return architecture({name: getattr(self, name) for name in CHOICES})
 
     @model_validator(mode="after")
     def sizes_fit(self) -> "TrainSettings":
         _ = self.architecture
+        if self.stored_size is not None and self.stored_size < self.image_size:
+            raise ValueError(f"stored_size {self.stored_size} is less than image_size {self.image_size}")
         return self
 
 
-class MAESettings(TrainSettings):
-    """Masked Autoencoder, arXiv:2111.06377: predict the pixels of the patches that were hidden."""
-
-    objective = "mae"
-    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(0.75, description="share of the patches that is hidden")
-    decoder_width: Positive = Field(128, description="a multiple of 4 and of decoder_heads")
-    decoder_depth: Positive = 4
-    decoder_heads: Positive = 4
-    normalize_pixels: bool = Field(True, description="targets with each patch's own mean and variance removed")
-    stem: Literal["patch"] = "patch"
+class ViTOnly(TrainSettings):
+    """Settings of objectives that need patches as tokens."""
 
     @model_validator(mode="after")
-    def decoder_fits(self) -> "MAESettings":
-        if self.decoder_width % self.decoder_heads or self.decoder_width % 4 or self.width % 4:
-            raise ValueError(
-                f"width {self.width} must be a multiple of 4, and decoder_width {self.decoder_width} one of 4 and of "
-                f"decoder_heads {self.decoder_heads}"
-            )
+    def is_vit(self) -> "ViTOnly":
+        if not isinstance(self.architecture, ViTConfig):
+            raise ValueError(f"{self.objective} needs a Vision Transformer, not {self.backbone}")
         return self
 
 
-class SimCLRSettings(TrainSettings):
-    """SimCLR, arXiv:2002.05709: two views of one picture belong together, all others apart."""
+class MultiCrop(TrainSettings):
+    """Settings of objectives that see two global views and some local ones, arXiv:2006.09882 section 3.2."""
 
-    objective = "simclr"
-    temperature: Annotated[float, Field(gt=0)] = Field(0.2, description="of NT-Xent; 0.5 suits ResNets, 0.2 ViTs")
-    projection_hidden: Positive = 2048
-    projection_width: Positive = 128
-    crop_scale: CropScale = Field((0.08, 1.0), description="least and largest share of the area")
-    color_strength: Annotated[float, Field(ge=0)] = Field(
-        0.5, description="s of the paper: 1.0 for photos, 0.5 at 32 px"
-    )
-    blur: Fraction = Field(0.0, description="probability; 0.5 in the paper, none at 32 px")
+    local_crops: Annotated[int, Field(ge=0)] = Field(6, description="local views of each image; 0 for none")
+    local_size: Positive | None = Field(None, description="pixels (default: half of image_size, in whole patches)")
+    crop_scale: CropScale = Field((0.4, 1.0), description="least and largest share of the area, global views")
+    local_scale: CropScale = Field((0.05, 0.4), description="the same, local views")
 
+    @property
+    def local_pixels(self) -> int:
+        """Pixels along a local view."""
+        step = self.patch_size if self.backbone.startswith("vit-") else 1
+        return self.local_size or max(round(self.image_size / 2 / step), 1) * step
 
-class DINOSettings(TrainSettings):
-    """DINO, arXiv:2104.14294: a student matches its own moving average on another view of the picture."""
-
-    objective = "dino"
-    lr: Annotated[float, Field(gt=0)] = 5e-4
-    weight_decay: Annotated[float, Field(ge=0)] = 0.04
-    final_weight_decay: Annotated[float, Field(ge=0)] | None = 0.4
-    beta2: Fraction = 0.999
-    prototypes: Positive = Field(
-        4096, description="K: width of the head's output; 65,536 in the paper, 1,024 to 4,096 for small data"
-    )
-    head_hidden: Positive = 2048
-    bottleneck: Positive = 256
-    student_temperature: Annotated[float, Field(gt=0)] = 0.1
-    teacher_temperature: Annotated[float, Field(gt=0)] = Field(0.04, description="above 0.07 training is unstable")
-    teacher_momentum: Fraction = Field(0.996, description="at the start; cosine to 1. 0.9995 for batches of 256")
-    center_momentum: Fraction = 0.9
-    freeze_last_layer_epochs: Annotated[int, Field(ge=0)] = 1
-    crop_scale: CropScale = Field((0.4, 1.0), description="least and largest share of the area")
-
-
-SETTINGS: dict[str, type[TrainSettings]] = {"mae": MAESettings, "simclr": SimCLRSettings, "dino": DINOSettings}
+    @model_validator(mode="after")
+    def local_fits(self) -> "MultiCrop":
+        if self.backbone.startswith("vit-") and self.local_pixels % self.patch_size:
+            raise ValueError(f"local_size {self.local_size} is not a multiple of patch_size {self.patch_size}")
+        return self

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
+
+from patchsight_train.randomness import Randomness
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -33,25 +35,25 @@ class View:
     solarize: float = 0.0
 
 
-def augment(images: Tensor, view: View, generator: Generator) -> Tensor:
+def augment(images: Tensor, view: View, random: Randomness) -> Tensor:
     """uint8 `(B, 3, n, n)` to one normalized float32 view of each, `(B, 3, S, S)`."""
     B, _, height, width = images.shape
-    device = images.device
-    boxes = random_boxes(B, height, width, view.scale, view.ratio, generator, device)
-    flips = chance(B, view.flip, generator, device)
+    boxes = random_boxes(B, height, width, view.scale, view.ratio, random)
+    flips = chance(B, view.flip, random)
     x = resized_crop(images.float() / 255, boxes, view.size, view.filter, flips).clamp(0, 1)
     if view.jitter is not None:
-        chosen = chance(B, view.jitter_p, generator, device).nonzero().squeeze(1)
-        x[chosen] = color_jitter(x[chosen], view.jitter, generator)
+        factors, order = jitter_factors(B, view.jitter, random)
+        chosen = chance(B, view.jitter_p, random).nonzero().squeeze(1)
+        x[chosen] = color_jitter(x[chosen], [f[chosen] for f in factors], order)
     if view.gray:
-        x = torch.where(chance(B, view.gray, generator, device).view(B, 1, 1, 1), grayscale(x), x)
+        x = torch.where(chance(B, view.gray, random).view(B, 1, 1, 1), grayscale(x), x)
     if view.blur:
-        chosen = chance(B, view.blur, generator, device).nonzero().squeeze(1)
         low, high = view.blur_sigma
-        sigma = low + (high - low) * torch.rand(len(chosen), generator=generator, device=device)
-        x[chosen] = gaussian_blur(x[chosen], sigma)
+        sigma = low + (high - low) * random.rand(B)
+        chosen = chance(B, view.blur, random).nonzero().squeeze(1)
+        x[chosen] = gaussian_blur(x[chosen], sigma[chosen])
     if view.solarize:
-        x = torch.where(chance(B, view.solarize, generator, device).view(B, 1, 1, 1), solarize(x), x)
+        x = torch.where(chance(B, view.solarize, random).view(B, 1, 1, 1), solarize(x), x)
     return normalize(x)
 
 
@@ -61,27 +63,32 @@ def normalize(x: Tensor) -> Tensor:
     return (x - mean) / std
 
 
+def denormalize(x: Tensor) -> Tensor:
+    """The inverse of `normalize`, cut to 0..1: for people to look at."""
+    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (MEAN, STD))
+    return (x * std + mean).clamp(0, 1)
+
+
 def eval_view(images: Tensor) -> Tensor:
     """uint8 `(B, 3, S, S)`, already resized and cut by the decoder, to the normalized float32 the encoder takes."""
     return normalize(images.float() / 255)
 
 
-def chance(B: int, p: float, generator: Generator, device: torch.device) -> Tensor:
+def chance(B: int, p: float, random: Randomness) -> Tensor:
     """bool `(B,)`, each true with probability p."""
-    return torch.rand(B, generator=generator, device=device) < p
+    return random.rand(B) < p
 
 
 def random_boxes(
-    B: int, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], generator: Generator,
-    device: torch.device,
-) -> Tensor:  # fmt: skip
+    B: int, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], random: Randomness
+) -> Tensor:
     """Inception's random crops: int64 `(B, 4)`: top, left, height, width.
 
     As torchvision: area uniform in `scale`, aspect log-uniform in `ratio`, ten tries, then the whole picture cut to the
     nearest allowed aspect.
     """
     tries = 10
-    u = torch.rand(4, B, tries, generator=generator, device=device)
+    u = random.rand(B, 4, tries).unbind(1)
     area = height * width * (scale[0] + (scale[1] - scale[0]) * u[0])
     aspect = torch.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * u[1])
     w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
@@ -92,7 +99,7 @@ def random_boxes(
     none = ~valid.any(dim=1)
     w = torch.where(none, round(min(width, height * whole)), w)
     h = torch.where(none, round(min(height, width / whole)), h)
-    top, left = (u[2, :, 0] * (height - h + 1)).floor(), (u[3, :, 0] * (width - w + 1)).floor()
+    top, left = (u[2][:, 0] * (height - h + 1)).floor(), (u[3][:, 0] * (width - w + 1)).floor()
     return torch.stack([top, left, h, w], dim=1).long()
 
 
@@ -148,19 +155,24 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
     return M.unsqueeze(1) @ x @ M.transpose(1, 2).unsqueeze(1)
 
 
-def color_jitter(x: Tensor, strength: tuple[float, float, float, float], generator: Generator) -> Tensor:
-    """Brightness, contrast, saturation and hue, each with its own random factor per image.
+def jitter_factors(
+    B: int, strength: tuple[float, float, float, float], random: Randomness
+) -> tuple[list[Tensor], list[int]]:
+    """A factor per image for brightness, contrast, saturation and hue, `(B, 1, 1, 1)` each, and their order.
 
-    The order of the four is drawn once per batch (torchvision draws it per image: 24 groups would cost more than they
-    change).
+    As torchvision: uniform in [1 − s, 1 + s], not below 0; for the hue in [−s, s]. The order of the four is drawn once
+    per batch (torchvision draws it per image: 24 groups would cost more than they change).
     """
-    B, device = len(x), x.device
-    u = torch.rand(4, B, 1, 1, 1, generator=generator, device=device)
-    factors = [(1 - s) + 2 * s * u[i] if i < 3 else s * (2 * u[i] - 1) for i, s in enumerate(strength)]
+    u = random.rand(B, 4).view(B, 4, 1, 1, 1).unbind(1)
+    factors = [(1 - s + 2 * s * u[i]).clamp(min=0) if i < 3 else s * (2 * u[i] - 1) for i, s in enumerate(strength)]
+    return factors, [i for i in random.permutation(4) if strength[i]]
+
+
+def color_jitter(x: Tensor, factors: list[Tensor], order: list[int]) -> Tensor:
+    """Brightness, contrast, saturation and hue by `factors`, in `order`."""
     operators = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
-    for i in torch.randperm(4, generator=generator, device=device).tolist():
-        if strength[i]:
-            x = operators[i](x, factors[i].clamp(min=0) if i < 3 else factors[i])
+    for i in order:
+        x = operators[i](x, factors[i])
     return x
 
 

@@ -5,11 +5,16 @@ convolutional stem (arXiv:2106.14881). Letters: N images, L patches, P prefix to
 D width, h heads.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torch.utils.checkpoint import checkpoint
+
 from patchsight_train.architecture import ViTConfig
+from patchsight_train.encoder import Encoder
 
 
 class PatchEmbed(nn.Module):
@@ -105,10 +110,15 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x)), weights
 
 
-class ViT(nn.Module):
-    """Images `(N, 3, H, W)`, normalized, to tokens `(N, T, D)` after the final norm: CLS, registers, patches."""
+class ViT(Encoder):
+    """Images `(N, 3, H, W)`, normalized, to tokens `(N, T, D)` after the final norm: CLS, registers, patches.
 
+    H and W are multiples of the patch size; at another size than `config.image_size` the positions are interpolated.
+    """
+
+    config: ViTConfig
     reg_token: nn.Parameter | None
+    recompute: bool = False  # activation checkpointing: a block's activations are computed again for its gradient
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -139,19 +149,33 @@ class ViT(nn.Module):
         tokens = self.cls_token if self.reg_token is None else torch.cat([self.cls_token, self.reg_token], dim=1)
         return tokens.expand(N, -1, -1)
 
+    def positions(self, x: Tensor) -> Tensor:
+        """Positions for images of x's size, `(1, P + L, D)` or without P: interpolated where that is another."""
+        config = self.config
+        grid = (x.shape[-2] // config.patch_size, x.shape[-1] // config.patch_size)
+        if grid == (config.grid, config.grid):
+            return self.pos_embed
+        return resize_positions(self.pos_embed, 0 if config.no_embed_class else config.prefix_tokens, grid)
+
     def embed(self, x: Tensor) -> Tensor:
         """Patch embedding, prefix and positions: `(N, 3, H, W)` to `(N, T, D)`."""
         patches = self.patch_embed(x)
         prefix = self.prefix(x.shape[0])
         if self.config.no_embed_class:
-            return torch.cat([prefix, patches + self.pos_embed], dim=1)
-        return torch.cat([prefix, patches], dim=1) + self.pos_embed
+            return torch.cat([prefix, patches + self.positions(x)], dim=1)
+        return torch.cat([prefix, patches], dim=1) + self.positions(x)
+
+    def run_blocks(self, x: Tensor) -> Tensor:
+        """Tokens `(N, T, D)` through all blocks, without the final norm."""
+        for block in self.blocks:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x)
+        return x
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        for block in self.blocks:
-            x = block(x)
-        out: Tensor = self.norm(x)
+        out: Tensor = self.norm(self.run_blocks(self.embed(x)))
         return out
 
     def with_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,6 +187,15 @@ class ViT(nn.Module):
         assert isinstance(last, Block)
         x, weights = last.with_attention(x)
         return self.norm(x), weights
+
+
+def resize_positions(positions: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
+    """Positions `(1, prefix + g², D)` to `(1, prefix + h·w, D)`: those of the patches by antialiased bicubic, as timm."""
+    first, patches = positions[:, :prefix], positions[:, prefix:]
+    g = math.isqrt(patches.shape[1])
+    square = patches.float().reshape(1, g, g, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(square, size=grid, mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([first, resized.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1)
 
 
 def sincos_positions(width: int, grid: int) -> Tensor:
