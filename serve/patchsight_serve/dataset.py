@@ -23,7 +23,7 @@ class Dataset:
     """Encoded images in a fixed order.
 
     names: one per image: the path relative to the folder, or the Parquet row's `path`.
-    labels: int64 `(N,)`, or None where the source has none.
+    labels: int64 `(N,)`, −1 where an image has none (in Parquet: null or −1); None where no image has one.
     class_names: in label order, or None.
     """
 
@@ -89,10 +89,19 @@ def _from_parquet(files: list[Path]) -> Dataset:
     image = table.column("image").combine_chunks()
     paths = image.field("path").to_pylist() if image.type.get_field_index("path") >= 0 else [None] * len(image)
     names = [path or f"row {i}" for i, path in enumerate(paths)]
-    labels = None
-    if "label" in table.column_names:
-        labels = table.column("label").to_numpy().astype(np.int64)
+    labels = _labels(table, files[0])
     return Dataset(names, labels, _class_names(table.schema), pa.chunked_array([image.field("bytes")]))
+
+
+def _labels(table: pa.Table, file: Path) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+    if "label" not in table.column_names:
+        return None
+    try:
+        column = table.column("label").cast(pa.int64()).fill_null(-1)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise InvalidRequest(f"{file}: its column `label` does not hold whole numbers: {error}") from None
+    labels = column.to_numpy()
+    return labels if (labels >= 0).any() else None
 
 
 def _class_names(schema: pa.Schema) -> list[str] | None:

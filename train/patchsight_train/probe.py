@@ -3,14 +3,16 @@
 The server's `patchsight_serve.protocol` says the same in FAISS and numpy, for millions; a test holds the two equal.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor
 
 from patchsight_serve.errors import InvalidRequest
-from patchsight_train.data import Images
+from patchsight_train.data import EncodedImages, Images, decode_all, draw
 from patchsight_train.views import eval_view
 from patchsight_train.vit import ViT
 
@@ -30,6 +32,44 @@ class Probe:
         queries = embed(encoder, self.queries.pixels, pooling, device)
         predicted = knn_predict(gallery, self.gallery.labels, queries, min(k, len(gallery)))
         return (predicted == self.queries.labels).float().mean().item()
+
+
+def load_probe(
+    sources: Iterable[str], knn_test: Sequence[str], image_size: int, most_gallery: int, most_queries: int,
+    console: Console, limit: int | None = None,
+) -> Probe | None:  # fmt: skip
+    """Decode what the probe needs and no more, at the eval transform. None where nothing is labelled.
+
+    Queries are the images of `knn_test`, or every tenth labelled one where only one side has labels. Where there are
+    more than asked for, a random subset is taken, always the same one. `limit` holds for `sources`, as in training.
+
+    Raises:
+        InvalidRequest: a source is missing, none of its images can be read, or the two sides have different classes.
+    """
+    train = EncodedImages(sources, limit)
+    test = EncodedImages(knn_test) if knn_test else None
+    labelled = [images for images in (train, test) if images is not None and images.labels is not None]
+    if len(labelled) == 2:
+        gallery, queries = labelled
+        if gallery.class_names != queries.class_names:
+            raise InvalidRequest(f"--knn-test has the classes {queries.class_names}, --data has {gallery.class_names}")
+        rows = _labelled_rows(gallery), _labelled_rows(queries)
+    elif labelled and len(_labelled_rows(labelled[0])) >= 10:
+        (gallery,) = (queries,) = labelled
+        both = _labelled_rows(gallery)
+        tenth = torch.arange(len(both)) % 10 == 9
+        rows = both[~tenth], both[tenth]
+    else:
+        return None
+    chosen = draw(rows[0], most_gallery).tolist(), draw(rows[1], most_queries).tolist()
+    return Probe(
+        decode_all(gallery, chosen[0], image_size, console), decode_all(queries, chosen[1], image_size, console)
+    )
+
+
+def _labelled_rows(images: EncodedImages) -> Tensor:
+    assert images.labels is not None
+    return (images.labels >= 0).nonzero().squeeze(1)
 
 
 def split_probe(train: Images, test: Images | None, most_gallery: int, most_queries: int) -> Probe | None:

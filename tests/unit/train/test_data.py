@@ -163,7 +163,7 @@ def test_nothing_to_train_on_is_an_error(tmp_path: Path, load: Callable[..., Ima
 def test_more_than_the_memory_holds_is_refused(
     picture_folder: Path, load: Callable[..., Images], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_module, "_available_memory", lambda: 2.0**30)
+    monkeypatch.setattr(data_module, "available_memory", lambda: 2.0**30)
     with pytest.raises(
         InvalidRequest, match=r"12 images of 5000 px need 0.8 GiB decoded, 1.0 GiB are free; use a smaller"
     ):
@@ -172,4 +172,4 @@ def test_more_than_the_memory_holds_is_refused(
 
 
 def test_available_memory_is_a_size() -> None:
-    assert data_module._available_memory() > 2**20
+    assert data_module.available_memory() > 2**20
