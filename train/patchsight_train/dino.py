@@ -1,12 +1,12 @@
 """DINO: emerging properties in self-supervised vision transformers, arXiv:2104.14294.
 
-In the order of its Algorithm 1: two global views and local ones · student and teacher · centered and sharpened targets ·
-cross-entropy over the pairs of different views · teacher and center as moving averages. Letters: B images, K prototypes
-(the head's output), τ_s and τ_t temperatures, C center, l teacher momentum, m center momentum.
+In the order of its Algorithm 1: two global views and local ones · student and teacher · centered and sharpened targets
+· cross-entropy over the pairs of different views · teacher and center as moving averages. Letters: B images, K
+prototypes (the head's output), τ_s and τ_t temperatures, C center, l teacher momentum, m center momentum.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from patchsight_train.distributed import mean_over_ranks
 from patchsight_train.encoder import Encoder, default_pooling
-from patchsight_train.multi_crop import GLOBAL, crops, cut, batches
+from patchsight_train.multi_crop import GLOBAL, batches, crops, cut, entropy, swapped_loss
 from patchsight_train.objective import Metrics, Objective, When
 from patchsight_train.objective_settings import DINOSettings
 from patchsight_train.randomness import Randomness
@@ -83,13 +83,13 @@ class DINO(Objective):
         tau = self.settings.student_temperature
         for x, pieces in batches(views, self.micro_batch):
             s = self.student_head(self.student.pooled(x, self.pooling))
-            loss = self.part(s, pieces, targets, tau) / pairs
+            loss = swapped_loss(s, pieces, targets, tau) / pairs
             yield loss, {"loss": loss.detach(), **metrics}
             metrics = {}
 
     @torch.no_grad()
     def targets(self, views: list[Tensor], when: When) -> tuple[list[Tensor], Metrics]:
-        """The teacher's centered and sharpened softmax of each global view, `(B, K)`; its entropy, and that of its mean.
+        """The teacher's centered and sharpened softmax of each global view, `(B, K)`; its and its mean's entropy.
 
         The mean's entropy tells a teacher that has an opinion on every image from one that has the same on all.
         """
@@ -103,21 +103,6 @@ class DINO(Objective):
             "teacher_mean_entropy": entropy(mean_over_ranks(t.mean(dim=0))),
             "teacher_temperature": torch.tensor(tau),
         }
-
-    def part(
-        self, s: Tensor, pieces: list[tuple[int, slice]], targets: list[Tensor], tau: float
-    ) -> Tensor:
-        """Sum of H(t, s) over the pairs of a target and a different student view in `pieces`; a mean over all images."""
-        B = len(targets[0])
-        with torch.autocast(s.device.type, enabled=False):
-            logs = (s.float() / tau).log_softmax(dim=-1).split([rows.stop - rows.start for _, rows in pieces])
-            terms = [
-                cross_entropy(t[rows], log) / B
-                for (j, rows), log in zip(pieces, logs, strict=True)
-                for i, t in enumerate(targets)
-                if i != j
-            ]
-            return torch.stack(terms).sum()
 
     def teacher_temperature(self, epoch: float) -> float:
         """τ_t: linear from its warm-up value, then constant (App. C)."""
@@ -142,22 +127,12 @@ class DINO(Objective):
         self.center = m * self.center + (1 - m) * self.teacher_mean  # Eq. 4
 
 
-def move_average(teacher: list[nn.Parameter], student: list[nn.Parameter], momentum: float) -> None:
+def move_average(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float) -> None:
     """θ_t ← l θ_t + (1 − l) θ_s, all parameters in few calls of the device."""
-    torch._foreach_lerp_(teacher, student, 1 - momentum)
+    torch._foreach_lerp_(list(teacher), list(student), 1 - momentum)
 
 
 def sharpen(logits: Tensor, center: Tensor, tau: float) -> Tensor:
     """P_t: softmax((g_t(x) − C) / τ_t), float32 `(B, K)`."""
     with torch.autocast(logits.device.type, enabled=False):
         return ((logits.float() - center) / tau).softmax(dim=-1)
-
-
-def cross_entropy(t: Tensor, log_s: Tensor) -> Tensor:
-    """H(t, s) = −Σ t log s, summed over images; both `(B, K)`."""
-    return -(t * log_s).sum()
-
-
-def entropy(t: Tensor) -> Tensor:
-    """−Σ t log t along the last axis, nats."""
-    return -torch.special.xlogy(t, t).sum(dim=-1)

@@ -48,3 +48,34 @@ def batches(views: list[Tensor], micro_batch: int | None) -> Iterator[tuple[Tens
         for group in chunks(len(pieces), max(most // (images * size**2), 1)):
             chosen = pieces[group]
             yield torch.cat([views[j][rows] for j, rows in chosen]), chosen
+
+
+def swapped_loss(scores: Tensor, pieces: list[tuple[int, slice]], targets: list[Tensor], tau: float) -> Tensor:
+    """Sum of H(t, softmax(scores / τ)) over the pairs of a target and another view in `pieces`; a mean over all images.
+
+    Args:
+        scores: `(n, K)`, of one of `batches`, whose stretches `pieces` names.
+        targets: distributions of each global view, `(B, K)`.
+        tau: τ > 0.
+    """
+    B = len(targets[0])
+    with torch.autocast(scores.device.type, enabled=False):
+        logs = torch.split((scores.float() / tau).log_softmax(dim=-1), [rows.stop - rows.start for _, rows in pieces])
+        terms = [
+            cross_entropy(t[rows], log) / B
+            for (j, rows), log in zip(pieces, logs, strict=True)
+            for i, t in enumerate(targets)
+            if i != j
+        ]
+        return torch.stack(terms).sum()
+
+
+def cross_entropy(t: Tensor, log_s: Tensor) -> Tensor:
+    """H(t, s) = −Σ t log s, summed over images; both `(B, K)`."""
+    return -(t * log_s).sum()
+
+
+def entropy(t: Tensor) -> Tensor:
+    """−Σ t log t along the last axis, nats."""
+    out: Tensor = -torch.special.xlogy(t, t).sum(dim=-1)
+    return out
