@@ -1,24 +1,29 @@
-"""`patchsight-train {mae,simclr,dino} --data …`: parse, wire, run."""
+"""`patchsight-train OBJECTIVE --data …`: parse, wire, run. Under `torchrun` on several devices."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from patchsight_serve.config import fail
 from patchsight_serve.errors import PatchsightError
-from patchsight_train.settings import SETTINGS, DINOSettings, MAESettings, SimCLRSettings, TrainSettings
+from patchsight_train.objective_settings import SETTINGS
+from patchsight_train.settings import TrainSettings
 
-if TYPE_CHECKING:
-    from patchsight_train.objective import Objective
+USAGE = """usage: patchsight-train OBJECTIVE --data SOURCE [settings]
 
-USAGE = """usage: patchsight-train {mae,simclr,dino} --data SOURCE [settings]
+  simclr            contrastive learning, arXiv:2002.05709
+  dino              self-distillation with multi-crop, arXiv:2104.14294
+  swav              swapped assignments with multi-crop, arXiv:2006.09882
+  mae               masked autoencoder, arXiv:2111.06377
+  autoencoder       the picture through a vector and back
+  skip_autoencoder  the same with shortcuts around the vector
+  distillation      the embeddings of an exported encoder, arXiv:1412.6550
+  soft_targets      the classes of an exported encoder, arXiv:1503.02531
 
-  mae     Masked Autoencoder, arXiv:2111.06377
-  simclr  contrastive learning, arXiv:2002.05709
-  dino    self-distillation, arXiv:2104.14294
-
-patchsight-train OBJECTIVE --help lists the settings of each."""
+SOURCE is a folder of images or Parquet. patchsight-train OBJECTIVE --help lists the settings of each;
+what is not given is picked by the data and the device, and said. Several GPUs:
+torchrun --nproc-per-node N -m patchsight_train OBJECTIVE …"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,54 +49,42 @@ def train(settings: TrainSettings) -> Path:
     import torch  # after parsing, so that --help and mistakes answer at once
     from rich.console import Console
 
-    from patchsight_train.data import load_images
+    from patchsight_train import distributed
+    from patchsight_train.build import build
+    from patchsight_train.data import load_probe, open_images, sample_images
+    from patchsight_train.defaults import fill
+    from patchsight_train.device import pick_device
+    from patchsight_train.evaluation import Evaluation
+    from patchsight_train.hazards import explained
+    from patchsight_train.initial import initialize
     from patchsight_train.loop import Trainer
-    from patchsight_train.probe import split_probe
     from patchsight_train.run import config_of, open_run
 
-    console = Console()
     run = settings.run or Path("runs") / settings.objective
-    console.print(
-        f"patchsight-train {settings.objective} → {run}\n{settings.describe()}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    images = load_images(settings.data, settings.image_size, settings.limit, console)
-    test = load_images(settings.knn_test, settings.image_size, None, console) if settings.knn_test else None
-    open_run(run, config_of(settings))
-    torch.manual_seed(settings.seed)
-    probe = split_probe(images, test, settings.knn_gallery, settings.knn_queries)
-    trainer = Trainer(build(settings), images, probe, settings, run, console)
-    console.print(
-        f"{len(images):,} images · {trainer.total_steps:,} steps of {settings.batch_size} · "
-        f"{sum(p.numel() for p in trainer.objective.kept.parameters()) / 1e6:.2f} M parameters in the encoder · "
-        f"{trainer.device}, {str(trainer.dtype).removeprefix('torch.')}"
-    )
-    trainer.train()
+    device = pick_device(settings.device)
+    distributed.start(device)
+    leader = distributed.rank() == 0
+    console = Console() if leader else Console(file=open(os.devnull, "w"))  # noqa: SIM115, PTH123 - until the process ends
+    with explained(settings, run):
+        settings, picked = fill(settings, run, device)
+        _announce(console, run, settings, picked)
+        images = open_images(settings.data, settings.pixels_kept, settings.limit, console, settings.resident)
+        probe = evaluation = None
+        if settings.knn_every and leader:
+            size = settings.image_size
+            probe = load_probe(
+                settings.data, settings.knn_test, size, settings.knn_gallery, settings.knn_queries, console
+            )
+            evaluation = Evaluation(sample_images(settings.data, size, 2048, console), probe, run)
+        if leader:
+            open_run(run, config_of(settings))
+        torch.manual_seed(settings.seed)
+        objective = build(settings)
+        for line in initialize(objective.kept, settings.init) if settings.init else []:
+            console.print(line)
+        trainer = Trainer(objective, images, evaluation, settings, run, console)
+        trainer.train()
+    distributed.stop()
     return run
-
-
-def build(settings: TrainSettings) -> "Objective":
-    """The objective with its freshly initialized encoder."""
-    from patchsight_train.dino import DINO
-    from patchsight_train.mae import MAE
-    from patchsight_train.simclr import SimCLR
-    from patchsight_train.vit import ViT
-
-    encoder = ViT(settings.architecture)
-    match settings:
-        case MAESettings():
-            return MAE(encoder, settings)
-        case SimCLRSettings():
-            return SimCLR(encoder, settings)
-        case DINOSettings():
-            return DINO(encoder, settings)
-        case _:
-            raise TypeError(f"no objective for {type(settings).__name__}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,179 +1,170 @@
-"""The one training loop: steps, schedules, mixed precision, metrics, k-NN, checkpoints.
+"""The one training loop: batches, updates, metrics, evaluation, checkpoints.
 
 It knows no objective by name. A step's randomness comes from (seed, step) alone, and an epoch's order from
-(seed, epoch), so that a run killed and resumed equals one that was never stopped.
+(seed, epoch), so that a run killed and resumed equals one that was never stopped, on any number of ranks.
 """
 
-import math
-import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from patchsight_serve.errors import InvalidRequest
-from patchsight_train import checkpoint
-from patchsight_train.data import Images
+from patchsight_train import checkpoint, distributed
+from patchsight_train.collapse import CollapseDetector, Collapsed, signatures
+from patchsight_train.data import DataLost, Images
+from patchsight_train.device import pick_device, pick_precision
+from patchsight_train.display import Display
+from patchsight_train.evaluation import Evaluation
+from patchsight_train.hazards import NotFinite
+from patchsight_train.interrupt import Interrupt
 from patchsight_train.objective import Objective
-from patchsight_train.probe import Probe
+from patchsight_train.report import write_report
 from patchsight_train.run import Metrics
-from patchsight_train.schedule import cosine, warmup_cosine
 from patchsight_train.settings import TrainSettings
+from patchsight_train.stream import StreamedImages
+from patchsight_train.tensorboard_log import TensorBoardLog
+from patchsight_train.update import Updater, mix
+
+REPORT_EVERY_S = 60.0
+MOST_SKIPPED = 50  # steps in a row
 
 
 class Trainer:
-    """One run of one objective on one device."""
+    """One run of one objective on this rank's device."""
 
     def __init__(
-        self, objective: Objective, images: Images, probe: Probe | None, settings: TrainSettings, run: Path,
-        console: Console,
+        self, objective: Objective, images: Images | StreamedImages, evaluation: Evaluation | None,
+        settings: TrainSettings, run: Path, console: Console,
     ) -> None:  # fmt: skip
-        self.settings, self.run, self.console, self.probe = settings, run, console, probe
-        self.device = pick_device(settings.device)
-        self.dtype = pick_precision(settings.precision, self.device)
-        self.objective = objective.to(self.device)
-        self.pixels = images.pixels.to(self.device)
-        self.steps_per_epoch = max(len(images) // settings.batch_size, 1)
+        self.settings, self.run, self.console, self.evaluation = settings, run, console, evaluation
+        self.images = images
+        self.batch_size = _batch_size(len(images), settings.batch_size)
+        self.steps_per_epoch = len(images) // self.batch_size
         self.total_steps = settings.epochs * self.steps_per_epoch
-        self.optimizer = adamw(objective, settings)
-        self.step = 0
+        device = pick_device(settings.device)
+        dtype = pick_precision(settings.precision, device)
+        self.updater = Updater(objective, settings, device, dtype, self.total_steps, self.steps_per_epoch)
+        self.objective, self.device = self.updater.objective, device
+        self.leader = distributed.rank() == 0  # the rank that writes
+        self.step = self.skipped_in_a_row = 0
         if checkpoint.complete(run):
             saved = checkpoint.load(run)
-            checkpoint.restore(saved, self.objective, self.optimizer, run)
+            checkpoint.restore(saved, self.objective, self.updater.optimizer, run)
             self.step = saved.step
             console.print(f"resuming at step {self.step:,} of {self.total_steps:,}")
 
     def train(self) -> None:
         """Run to the last step. After Ctrl-C the step is finished and a checkpoint written, then KeyboardInterrupt."""
-        self.metrics = Metrics(self.run, self.step)
-        columns = (
-            TextColumn("{task.fields[epoch]}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"),
-            TimeRemainingColumn(),
-        )  # fmt: skip
+        settings = self.settings
+        distributed.barrier()  # every rank has read the checkpoint before the first writes another
+        self.metrics = Metrics(self.run, self.step) if self.leader else None
+        self.tensorboard = TensorBoardLog(self.run) if settings.tensorboard and self.leader else None
+        self.detector = CollapseDetector(signatures(settings), max(50, self.steps_per_epoch))
+        for line in self.metrics.lines() if self.metrics else []:
+            self.detector.see(line["step"], line)
+        self.reported = time.monotonic()
+        batches = self.images.batches(self.orders(), self.device)
+        display = Display(self.console, self.total_steps, settings.epochs, self.steps_per_epoch, self.step)
         try:
-            with Progress(*columns, console=self.console) as bar, CtrlC() as stop:
-                task = bar.add_task("", total=self.total_steps, completed=self.step, epoch="", state="")
-                while self.step < self.total_steps and not stop.asked:
-                    self.one_step(bar, task)
-                    if self.step % self.settings.checkpoint_every == 0:
+            with display as self.display, Interrupt() as interrupt:
+                while self.step < self.total_steps and not distributed.any_rank(interrupt.asked, self.device):
+                    self.one_step(batches)
+                    if self.step % settings.checkpoint_every == 0:
                         self.save()
                 self.save()
+        except (DataLost, Collapsed):
+            self.save()
+            raise
         finally:
-            self.metrics.close()
+            batches.close()
+            if self.metrics:
+                self.metrics.close()
+                write_report(self.run)
         if self.step < self.total_steps:
             self.console.print(f"stopped at step {self.step:,}; the same command goes on from there")
             raise KeyboardInterrupt
 
-    def one_step(self, bar: Progress, task: TaskID) -> None:
-        """One update, its metrics, and k-NN where an epoch that asks for it ends."""
-        start = time.perf_counter()
-        images = self.batch()
-        values = self.update(images)
-        self.step += 1
-        epoch = self.step / self.steps_per_epoch
-        values["images_per_s"] = round(len(images) / (time.perf_counter() - start), 1)
-        if self.probe and self.knn_is_due():
-            values["knn"] = self.probe.accuracy(self.objective.kept, self.objective.pooling, self.device)
-            bar.console.print(f"epoch {int(epoch)}: loss {values['loss']:.4f}, 20-NN {values['knn']:.4f}")
-        self.metrics.write(self.step, epoch=round(epoch, 4), **values)
-        state = f"loss {values['loss']:.4f} · {values['images_per_s']:.0f} images/s"
-        bar.update(task, completed=self.step, epoch=f"epoch {math.ceil(epoch)}/{self.settings.epochs}", state=state)
+    def orders(self) -> Iterator[Tensor]:
+        """From the current step on: which images this rank takes, int64 `(b,)`, of the epoch's own permutation."""
+        b = self.batch_size // distributed.world()
+        known, order = -1, torch.empty(0)
+        for step in range(self.step, self.total_steps):
+            epoch, place = divmod(step, self.steps_per_epoch)
+            if epoch != known:
+                generator = Generator().manual_seed(mix(self.settings.seed, epoch, 1))
+                known, order = epoch, torch.randperm(len(self.images), generator=generator)
+            first = place * self.batch_size + distributed.rank() * b
+            yield order[first : first + b]
 
-    def knn_is_due(self) -> bool:
+    def one_step(self, batches: Iterator[Tensor]) -> None:
+        """One update, its metrics, and an evaluation where an epoch that asks for it ends."""
+        start = time.perf_counter()
+        values = self.updater.update(next(batches), self.step)
+        self.step += 1
+        values["images_per_s"] = round(self.batch_size / (time.perf_counter() - start), 1)
+        if self.leader:
+            self.record(values)
+        self.check_finite("skipped" in values)
+
+    def record(self, values: dict[str, float]) -> None:
+        """Everything that only one rank does after a step."""
+        assert self.metrics is not None
+        epoch = self.step / self.steps_per_epoch
+        self.display.step(self.step, values)
+        evaluated = self.evaluate(epoch) if self.evaluation and self.evaluation_is_due() else {}
+        warning = self.detector.see(self.step, {**values, **evaluated})
+        said = {"warning": warning} if warning else {}
+        self.metrics.write(self.step, epoch=round(epoch, 4), **values, **evaluated, **said)
+        if self.tensorboard:
+            self.tensorboard.write(self.step, {**values, **evaluated})
+        if warning:
+            self.display.warn(warning)
+        if evaluated or warning or time.monotonic() - self.reported > REPORT_EVERY_S:
+            write_report(self.run)
+            self.reported = time.monotonic()
+        if warning and self.settings.on_collapse == "stop":
+            raise Collapsed(warning)
+
+    def evaluate(self, epoch: float) -> dict[str, float]:
+        assert self.evaluation is not None
+        values = self.evaluation.measure(self.objective, self.device)
+        self.evaluation.draw(self.objective, self.device)
+        self.display.evaluated(epoch, values)
+        return values
+
+    def evaluation_is_due(self) -> bool:
         """After the last step, and after every epoch that is a multiple of `knn_every`."""
         epochs, rest = divmod(self.step, self.steps_per_epoch)
         every = self.settings.knn_every
         return every > 0 and rest == 0 and (epochs % every == 0 or epochs == self.settings.epochs)
 
-    def batch(self) -> Tensor:
-        """This step's images, uint8 `(B, 3, S, S)`: a slice of the epoch's own permutation."""
-        epoch, place = divmod(self.step, self.steps_per_epoch)
-        order = torch.randperm(len(self.pixels), generator=Generator().manual_seed(mix(self.settings.seed, epoch, 1)))
-        chosen = order[place * self.settings.batch_size :][: self.settings.batch_size]
-        return self.pixels[chosen.to(self.device)]
-
-    def update(self, images: Tensor) -> dict[str, float]:
-        """Forward, backward, one move of the optimizer; a step whose loss or gradient is not finite moves nothing."""
-        settings, objective = self.settings, self.objective
-        generator = Generator(self.device).manual_seed(mix(settings.seed, self.step, 2))
-        self.set_rates()
-        views = objective.views(images, generator)
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            loss, extra = objective.loss(views, generator)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        objective.before_update(self.step / self.steps_per_epoch)
-        norm = nn.utils.clip_grad_norm_(objective.parameters(), settings.clip_grad or math.inf)
-        finite = math.isfinite(loss.item()) and math.isfinite(norm.item())
-        if finite:
-            self.optimizer.step()
-            objective.after_update(self.step / self.total_steps)
-        values = {"loss": loss.item(), "lr": self.optimizer.param_groups[0]["lr"], "gradient_norm": norm.item()}
-        return values | {name: value.item() for name, value in extra.items()} | ({} if finite else {"skipped": 1.0})
-
-    def set_rates(self) -> None:
-        """This step's learning rate and weight decay."""
-        s = self.settings
-        warmup = round(s.warmup_epochs * self.steps_per_epoch)
-        lr = warmup_cosine(self.step, self.total_steps, warmup, s.lr, s.final_lr)
-        final = s.weight_decay if s.final_weight_decay is None else s.final_weight_decay
-        decay = cosine(self.step, self.total_steps, s.weight_decay, final)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-            group["weight_decay"] = decay if group["decays"] else 0.0
+    def check_finite(self, skipped: bool) -> None:
+        """Raises NotFinite when too many steps in a row were skipped: nothing is learned any more."""
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row >= MOST_SKIPPED:
+            raise NotFinite(self.skipped_in_a_row, self.settings)
 
     def save(self) -> None:
-        self.metrics.sync()
-        checkpoint.save(self.run, self.step, self.objective, self.optimizer)
+        if self.metrics:
+            self.metrics.sync()
+            checkpoint.save(self.run, self.step, self.objective, self.updater.optimizer)
+        distributed.barrier()
 
 
-class CtrlC:
-    """Within it Ctrl-C is remembered, so that no update is cut in half; a second one interrupts at once."""
+def _batch_size(images: int, asked: int) -> int:
+    """Images a step: what was asked for, or all there are; equally many on every rank.
 
-    def __enter__(self) -> Self:
-        self.asked = False
-        self.before = signal.signal(signal.SIGINT, self.ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self.before)
-
-    def ask(self, *_: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
-def adamw(objective: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW, arXiv:1711.05101; biases, norms and single tokens are not decayed."""
-    trained = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
-    plain = [p for n, p in trained if p.ndim == 1 or n.endswith(("cls_token", "reg_token", "mask_token", "pos_embed"))]
-    decayed = [p for _, p in trained if not any(p is q for q in plain)]
-    groups = [{"params": decayed, "decays": True}, {"params": plain, "decays": False}]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=True)
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one. Raises InvalidRequest for a GPU that is not there."""
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise InvalidRequest("--device cuda: torch finds no GPU here; use --device auto or cpu")
-    return torch.device(("cuda" if available else "cpu") if name == "auto" else name)
-
-
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 where the device computes it in hardware, else fp32; never fp16."""
-    if name != "auto":
-        return torch.bfloat16 if name == "bf16" else torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-
-
-def mix(seed: int, number: int, purpose: int) -> int:
-    """One generator seed for each (seed, number, purpose)."""
-    return (seed * 1_000_003 + number) * 4 + purpose
+    Raises:
+        InvalidRequest: the ranks cannot share it.
+    """
+    world = distributed.world()
+    if asked % world:
+        raise InvalidRequest(f"--batch-size {asked} is not a multiple of the {world} ranks")
+    size = min(asked, images) // world * world
+    if size < max(2, world):
+        raise InvalidRequest(f"{images} images are too few to train on with {world} ranks: 2 are needed, one for each rank")
+    return size

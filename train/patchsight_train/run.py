@@ -15,7 +15,10 @@ from patchsight_serve.errors import InvalidRequest
 from patchsight_train.settings import TrainSettings
 
 # May differ between the first start and a later one: they do not change the numbers.
-_FREE = {"run", "checkpoint_every", "threads", "data", "knn_test", "device"}
+_FREE = {
+    "run", "checkpoint_every", "threads", "data", "knn_test", "device", "micro_batch", "recompute", "compile", "resident",
+    "tensorboard", "on_collapse", "init", "teacher", "teacher_labels",
+}  # fmt: skip
 
 
 def config_of(settings: TrainSettings) -> dict[str, Any]:
@@ -76,13 +79,17 @@ class Metrics:
         partial.replace(self.path)
         self.file = self.path.open("a", buffering=1)  # a line at a time, so that it can be followed
 
+    def lines(self) -> list[dict[str, Any]]:
+        """What has been written so far, in the order of steps."""
+        return [json.loads(line) for line in self._lines()]
+
     def _lines(self) -> list[str]:
         if not self.path.exists():
             return []
         # A kill may leave half a line at the end.
         return [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
-    def write(self, step: int, **values: float) -> None:
+    def write(self, step: int, **values: float | str) -> None:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
 
     def sync(self) -> None:

@@ -13,10 +13,11 @@ from rich.console import Console
 from torch import Generator, Tensor
 
 from patchsight_serve.sample_gallery import SAMPLES
-from patchsight_train.__main__ import build
+from patchsight_train.build import build
 from patchsight_train.data import Images, load_images
 from patchsight_train.loop import Trainer
-from patchsight_train.settings import SETTINGS, TrainSettings
+from patchsight_train.objective_settings import SETTINGS
+from patchsight_train.settings import TrainSettings
 
 TINY: dict[str, Any] = {
     "image_size": 16, "patch_size": 4, "width": 16, "depth": 1, "heads": 2, "epochs": 3, "batch_size": 8,
@@ -89,8 +90,9 @@ def advance() -> Callable[[Trainer, int], list[dict[str, float]]]:
 
     def advance(trainer: Trainer, steps: int) -> list[dict[str, float]]:
         found = []
+        batches = trainer.images.batches(trainer.orders(), trainer.device)
         for _ in range(steps):
-            found.append(trainer.update(trainer.batch()))
+            found.append(trainer.updater.update(next(batches), trainer.step))
             trainer.step += 1
         return found
 
