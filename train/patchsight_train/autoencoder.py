@@ -1,0 +1,62 @@
+"""The autoencoder with a bottleneck: a picture through a vector z and back (Hinton & Salakhutdinov, Science 313, 2006).
+
+The baseline of the objectives that reconstruct: encoder · z · decoder that sees z alone · mean squared error over all
+pixels. Letters: N images, Z numbers in z, L patches, p patch size.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from patchsight_train.encoder import Encoder, default_pooling
+from patchsight_train.mae import patchify, unpatchify
+from patchsight_train.objective import Metrics, Objective
+from patchsight_train.objective_settings import AutoencoderSettings
+from patchsight_train.pixel_decoder import PixelDecoder
+from patchsight_train.randomness import Randomness
+from patchsight_train.views import View, augment, denormalize
+
+
+class Autoencoder(Objective):
+    encoder_name = "encoder"
+    encoder: Encoder
+    decoder: PixelDecoder
+
+    def __init__(self, encoder: Encoder, settings: AutoencoderSettings) -> None:
+        super().__init__()
+        self.pooling = default_pooling(encoder.config)
+        self.encoder = encoder
+        self.to_code = nn.Linear(encoder.config.width, settings.bottleneck)
+        self.decoder = PixelDecoder(encoder.config, settings)
+        self.view = View(size=encoder.config.image_size, scale=settings.crop_scale)
+
+    def views(self, images: Tensor, random: Randomness) -> list[Tensor]:
+        return [augment(images, self.view, random)]
+
+    def loss(self, views: list[Tensor]) -> tuple[Tensor, Metrics]:
+        (x,) = views
+        y = self.predict(x).float()
+        return ((y - patchify(x, self.decoder.patch_size)) ** 2).mean(), {"psnr": psnr(self.picture(y), denormalize(x))}
+
+    def code(self, x: Tensor) -> Tensor:
+        """z: normalized images `(N, 3, S, S)` to `(N, Z)`."""
+        z: Tensor = self.to_code(self.encoder.pooled(x, self.pooling))
+        return z
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Normalized images `(N, 3, S, S)` to their patches' pixels as the decoder has them, `(N, L, p·p·3)`."""
+        y: Tensor = self.decoder(self.code(x))
+        return y
+
+    @torch.no_grad()
+    def reconstruct(self, views: list[Tensor]) -> Tensor:
+        return self.picture(self.predict(views[0]).float())
+
+    def picture(self, y: Tensor) -> Tensor:
+        """Patches of normalized pixels `(N, L, p·p·3)` to pictures `(N, 3, S, S)` in 0..1."""
+        return denormalize(unpatchify(y.detach(), self.decoder.patch_size))
+
+
+def psnr(pictures: Tensor, targets: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, a mean over images; both `(N, 3, S, S)` in 0..1. 100 where nothing differs."""
+    error = ((pictures - targets) ** 2).mean(dim=(1, 2, 3))
+    return -10 * error.clamp(min=1e-10).log10().mean()
