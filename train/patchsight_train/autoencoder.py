@@ -1,8 +1,11 @@
-"""The autoencoder with a bottleneck: a picture through a vector z and back (Hinton & Salakhutdinov, Science 313, 2006).
+"""The autoencoder: a picture through a vector z and back (Hinton and Salakhutdinov, Science 313, 2006).
 
-The baseline of the objectives that reconstruct: encoder · z · decoder that sees z alone · mean squared error over all
-pixels. Letters: N images, Z numbers in z, L patches, p patch size.
+The baseline of what learns by reconstruction: encoder · z · a decoder that sees z alone · mean squared error over all
+pixels. z is the only way from picture to picture: how many numbers it has says how far the picture is compressed.
+Letters: N images, Z numbers in z, L patches, p patch size.
 """
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,26 +19,38 @@ from patchsight_train.randomness import Randomness
 from patchsight_train.views import View, augment, denormalize
 
 
+class CodeDecoder(PixelDecoder):
+    """z `(N, Z)` alone to pixels `(N, L, p·p·3)`."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        tokens = self.start(z)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.finish(tokens)
+
+
 class Autoencoder(Objective):
     encoder_name = "encoder"
-    encoder: Encoder
-    decoder: PixelDecoder
+    decoder_type: ClassVar[type[PixelDecoder]] = CodeDecoder
 
     def __init__(self, encoder: Encoder, settings: AutoencoderSettings) -> None:
         super().__init__()
         self.pooling = default_pooling(encoder.config)
         self.encoder = encoder
         self.to_code = nn.Linear(encoder.config.width, settings.bottleneck)
-        self.decoder = PixelDecoder(encoder.config, settings)
+        self.decoder = self.decoder_type(encoder.config, settings)
+        # Crop and flip as MAE: color distortion would only be one more thing to reconstruct.
         self.view = View(size=encoder.config.image_size, scale=settings.crop_scale)
 
     def views(self, images: Tensor, random: Randomness) -> list[Tensor]:
         return [augment(images, self.view, random)]
 
     def loss(self, views: list[Tensor]) -> tuple[Tensor, Metrics]:
+        """Mean squared error of normalized pixels; and the signal-to-noise ratio of the pictures they make."""
         (x,) = views
         y = self.predict(x).float()
-        return ((y - patchify(x, self.decoder.patch_size)) ** 2).mean(), {"psnr": psnr(self.picture(y), denormalize(x))}
+        loss = ((y - patchify(x, self.decoder.patch_size)) ** 2).mean()
+        return loss, {"psnr": psnr(self.picture(y.detach()), denormalize(x))}
 
     def code(self, x: Tensor) -> Tensor:
         """z: normalized images `(N, 3, S, S)` to `(N, Z)`."""
@@ -43,7 +58,7 @@ class Autoencoder(Objective):
         return z
 
     def predict(self, x: Tensor) -> Tensor:
-        """Normalized images `(N, 3, S, S)` to their patches' pixels as the decoder has them, `(N, L, p·p·3)`."""
+        """Normalized images `(N, 3, S, S)` to the normalized pixels that the decoder makes, `(N, L, p·p·3)`."""
         y: Tensor = self.decoder(self.code(x))
         return y
 
@@ -52,11 +67,11 @@ class Autoencoder(Objective):
         return self.picture(self.predict(views[0]).float())
 
     def picture(self, y: Tensor) -> Tensor:
-        """Patches of normalized pixels `(N, L, p·p·3)` to pictures `(N, 3, S, S)` in 0..1."""
-        return denormalize(unpatchify(y.detach(), self.decoder.patch_size))
+        """Normalized pixels `(N, L, p·p·3)` to pictures `(N, 3, S, S)` in 0..1."""
+        return denormalize(unpatchify(y, self.decoder.patch_size))
 
 
 def psnr(pictures: Tensor, targets: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, a mean over images; both `(N, 3, S, S)` in 0..1. 100 where nothing differs."""
+    """Peak signal-to-noise ratio, dB, a mean over images; both `(N, 3, S, S)` in 0..1. At most 100."""
     error = ((pictures - targets) ** 2).mean(dim=(1, 2, 3))
     return -10 * error.clamp(min=1e-10).log10().mean()

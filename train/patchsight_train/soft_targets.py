@@ -1,41 +1,42 @@
-"""Distilling the knowledge in a neural network, arXiv:1503.02531: the teacher's class probabilities, at a temperature.
+"""Distilling the knowledge in a neural network, arXiv:1503.02531: the teacher's class probabilities, softened.
 
-In the order of its section 2: class logits of the teacher · softmax at temperature T · cross-entropy of the student's
-softmax at the same T, times T². The teacher is an encoder without classes: its logits are those of a logistic regression
-on its embeddings of some labelled images. The images that the student learns from need no labels. Letters: B images, K
-classes, D student's width, D_t teacher's, v and z the logits of teacher and student.
+In the order of its section 2: the teacher's logits · softmax at temperature T · the student's cross-entropy with it at
+the same T, times T². The teacher is an encoder, whose classes are learned from a few labelled images; those that the
+student learns from need no labels, and hard labels play no part. Letters: B images, K classes, v and z the logits of
+teacher and student, p and q their softmax at T.
 """
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, nn
 
-from patchsight_serve.decode import decode
-from patchsight_serve.errors import InvalidRequest
-from patchsight_train.data import EncodedImages, draw
-from patchsight_train.encoder import Encoder, chunks, default_pooling
+from patchsight_train.device import pick_device
+from patchsight_train.distributed import rank
+from patchsight_train.encoder import Encoder, default_pooling
 from patchsight_train.objective import Metrics, Objective
 from patchsight_train.objective_settings import SoftTargetsSettings
 from patchsight_train.randomness import Randomness
-from patchsight_train.teacher import Teacher, device_of
+from patchsight_train.teacher import Teacher
+from patchsight_train.teacher_classes import learn_classes
 from patchsight_train.views import View, augment
-
-MOST_LABELLED = 10_000  # few suffice for a linear classifier
 
 
 class SoftTargets(Objective):
     encoder_name = "encoder"
+    teacher_weight: Tensor
+    teacher_bias: Tensor
 
     def __init__(self, encoder: Encoder, settings: SoftTargetsSettings) -> None:
         super().__init__()
         self.pooling = default_pooling(encoder.config)
         self.encoder = encoder
-        self.teacher = Teacher(settings.teacher, device_of(settings))
-        embeddings, labels = labelled_embeddings(self.teacher, settings)
-        weight, bias = logistic_regression(embeddings, labels)
-        # Buffers: a checkpoint holds the classes that the run began with.
-        self.teacher_weight: Tensor
-        self.teacher_bias: Tensor
+        self.teacher = Teacher(settings.teacher, pick_device(settings.device))
+        labelled, limit = (
+            (settings.teacher_labels, None) if settings.teacher_labels else (settings.data, settings.limit)
+        )
+        weight, bias = learn_classes(self.teacher, labelled, limit, Console(quiet=rank() != 0))
+        # Buffers, so that a resumed run has the very classes that it began with.
         self.register_buffer("teacher_weight", weight)
         self.register_buffer("teacher_bias", bias)
         self.classifier = nn.Linear(encoder.config.width, len(bias))
@@ -43,68 +44,23 @@ class SoftTargets(Objective):
         self.view = View(size=encoder.config.image_size, scale=settings.crop_scale)
 
     def views(self, images: Tensor, random: Randomness) -> list[Tensor]:
-        """The view, and the teacher's logits of it `(B, K)`."""
+        """The view, and the teacher's logits v of it, float32 `(B, K)`."""
         x = augment(images, self.view, random)
         return [x, F.linear(self.teacher(x), self.teacher_weight, self.teacher_bias)]
 
     def loss(self, views: list[Tensor]) -> tuple[Tensor, Metrics]:
+        """Also the share of images for which teacher and student choose the same class."""
         x, v = views
         z = self.classifier(self.encoder.pooled(x, self.pooling))
-        agreement = (z.argmax(dim=1) == v.argmax(dim=1)).float().mean()
-        return soft_cross_entropy(z, v, self.temperature), {"agreement": agreement}
+        return soft_target_loss(z, v, self.temperature), {"agreement": (z.argmax(1) == v.argmax(1)).float().mean()}
 
 
-def soft_cross_entropy(z: Tensor, v: Tensor, T: float) -> Tensor:
-    """T² · KL(p ‖ q), a mean over images, with p and q the softmax of v / T and z / T; both `(B, K)`; float32.
+def soft_target_loss(z: Tensor, v: Tensor, T: float) -> Tensor:
+    """T² · KL(p ‖ q), a mean over images; both logits `(B, K)`; float32, 0 where the distributions are equal.
 
-    The paper's cross-entropy less the entropy of p, which the student cannot change: so 0 is full agreement.
+    That is the paper's cross-entropy less the entropy of p, on which the student has no influence. T² keeps the
+    gradient's size as T changes.
     """
     with torch.autocast(z.device.type, enabled=False):
-        log_q, log_p = (z.float() / T).log_softmax(dim=1), (v.float() / T).log_softmax(dim=1)
+        log_p, log_q = (v.float() / T).log_softmax(dim=1), (z.float() / T).log_softmax(dim=1)
         return T**2 * (log_p.exp() * (log_p - log_q)).sum(dim=1).mean()
-
-
-def labelled_embeddings(teacher: Teacher, settings: SoftTargetsSettings) -> tuple[Tensor, Tensor]:
-    """The teacher's embeddings `(n, D_t)` of labelled images, in its own transform, and their labels `(n,)`.
-
-    Raises:
-        InvalidRequest: there are no labels, or of one class only.
-    """
-    sources = settings.teacher_labels or settings.data
-    encoded = EncodedImages(sources, None if settings.teacher_labels else settings.limit)
-    if encoded.labels is None:
-        raise InvalidRequest(
-            f"{settings.objective} needs labelled images for the teacher's classes, {', '.join(sources)} has no labels; "
-            f"name some with --teacher-labels, or use distillation, which needs none"
-        )
-    rows = draw((encoded.labels >= 0).nonzero().squeeze(1), MOST_LABELLED)
-    places = [(dataset, i) for dataset in encoded.datasets for i in range(len(dataset))]
-    parts = []
-    for part in chunks(len(rows), 256):
-        pixels = [decode(d.read(i), teacher.manifest.transform) for d, i in (places[r] for r in rows[part].tolist())]
-        parts.append(teacher.embed(torch.stack([torch.from_numpy(p.copy()) for p in pixels])))
-    return torch.cat(parts), encoded.labels[rows]
-
-
-def logistic_regression(x: Tensor, labels: Tensor, decay: float = 1e-4) -> tuple[Tensor, Tensor]:
-    """Multinomial logistic regression, to convergence: weight `(K, D)` and bias `(K,)`, float32.
-
-    x: `(n, D)`. labels: int64 `(n,)`, 0..K−1. Features are scaled to unit variance, so that one decay fits all encoders.
-    """
-    x = x.double()
-    mean, std = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
-    x = (x - mean) / std
-    K = int(labels.max()) + 1
-    weight = torch.zeros(K, x.shape[1], dtype=x.dtype, requires_grad=True)
-    bias = torch.zeros(K, dtype=x.dtype, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=300, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(x, weight, bias), labels) + decay * (weight**2).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
-
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
-    weight, bias = weight.detach() / std, bias.detach()
-    return weight.float(), (bias - weight @ mean).float()
