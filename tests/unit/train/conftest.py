@@ -16,17 +16,24 @@ from patchsight_serve.sample_gallery import SAMPLES
 from patchsight_train.build import build
 from patchsight_train.data import Images, load_images
 from patchsight_train.loop import Trainer
+from patchsight_train.objective import Objective, When
 from patchsight_train.objective_settings import SETTINGS
+from patchsight_train.randomness import Randomness
 from patchsight_train.settings import TrainSettings
+from patchsight_train.update import Updater
 
 TINY: dict[str, Any] = {
     "image_size": 16, "patch_size": 4, "width": 16, "depth": 1, "heads": 2, "epochs": 3, "batch_size": 8,
     "warmup_epochs": 1, "device": "cpu", "precision": "fp32", "knn_every": 0,
 }  # fmt: skip
+SMALL_DECODER = {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
 SMALL_HEADS: dict[str, dict[str, Any]] = {
-    "mae": {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2},
+    "autoencoder": {"bottleneck": 8, **SMALL_DECODER},
+    "skip_autoencoder": {"bottleneck": 8, **SMALL_DECODER},
+    "mae": SMALL_DECODER,
     "simclr": {"projection_hidden": 32, "projection_width": 16},
-    "dino": {"prototypes": 32, "head_hidden": 32, "bottleneck": 16},
+    "dino": {"prototypes": 32, "head_hidden": 32, "bottleneck": 16, "local_crops": 2},
+    "swav": {"prototypes": 32, "projection_hidden": 32, "projection_width": 16, "local_crops": 2},
 }
 
 
@@ -65,9 +72,63 @@ def settings() -> Callable[..., TrainSettings]:
     """`settings("mae", **changes)`: a tiny encoder and head, three epochs."""
 
     def settings(objective: str, **changes: Any) -> TrainSettings:
-        return SETTINGS[objective](**{"data": ["unread"]} | TINY | SMALL_HEADS[objective] | changes)
+        return SETTINGS[objective](**{"data": ["unread"]} | TINY | SMALL_HEADS.get(objective, {}) | changes)
 
     return settings
+
+
+@pytest.fixture
+def objective(settings: Callable[..., TrainSettings]) -> Callable[..., Objective]:
+    """`objective("mae", **changes)`: tiny and freshly initialized, always alike."""
+
+    def objective(name: str, **changes: Any) -> Objective:
+        torch.manual_seed(0)
+        return build(settings(name, **changes))
+
+    return objective
+
+
+@pytest.fixture
+def views(random_pixels: Tensor) -> Callable[..., list[Tensor]]:
+    """`views(objective, seed, pixels)`: what it sees of uint8 `(B, 3, n, n)`, by default of `random_pixels`."""
+
+    def views(objective: Objective, seed: int = 0, pixels: Tensor = random_pixels) -> list[Tensor]:
+        return objective.views(pixels, Randomness(Generator().manual_seed(seed)))
+
+    return views
+
+
+@pytest.fixture
+def backward() -> Callable[..., dict[str, Tensor]]:
+    """`backward(objective, views)`: the gradients of all parts, added up in the parameters; the sums of the metrics."""
+
+    def backward(objective: Objective, views: list[Tensor], epoch: float = 1.0) -> dict[str, Tensor]:
+        metrics: dict[str, Tensor] = {}
+        for part, values in objective.parts(views, When(epoch, 0.5)):
+            part.backward()  # type: ignore[no-untyped-call]
+            metrics = metrics | {name: metrics.get(name, 0) + value for name, value in values.items()}
+        return metrics
+
+    return backward
+
+
+@pytest.fixture
+def learn(settings: Callable[..., TrainSettings]) -> Callable[..., tuple[Objective, list[dict[str, float]]]]:
+    """`learn("mae", pixels, steps, **changes)`: so many updates on uint8 `(N, 3, S, S)`; the objective, and metrics."""
+
+    def learn(name: str, pixels: Tensor, steps: int, **changes: Any) -> tuple[Objective, list[dict[str, float]]]:
+        chosen = settings(name, **{"image_size": pixels.shape[-1], **changes})
+        torch.manual_seed(chosen.seed)
+        per_epoch = len(pixels) // chosen.batch_size
+        total = chosen.epochs * per_epoch
+        updater = Updater(build(chosen), chosen, torch.device("cpu"), torch.float32, total, per_epoch)
+        found = []
+        for step in range(steps):
+            rows = torch.randperm(len(pixels), generator=Generator().manual_seed(step))[: chosen.batch_size]
+            found.append(updater.update(pixels[rows], step))
+        return updater.objective, found
+
+    return learn
 
 
 @pytest.fixture

@@ -1,10 +1,13 @@
+import copy
+
 import pytest
 import timm.models.vision_transformer as timm_vit
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import Generator, Tensor, nn
 
 from patchsight_train.architecture import ViTConfig
-from patchsight_train.vit import ViT, sincos_positions
+from patchsight_train.vit import ViT, resize_positions, sincos_positions
 
 CONFIGS = [
     ViTConfig(image_size=size, patch_size=patch, width=width, depth=depth, heads=heads, mlp_ratio=ratio,
@@ -32,7 +35,7 @@ def pair(config: ViTConfig) -> tuple[ViT, timm_vit.VisionTransformer]:
     theirs = timm_vit.VisionTransformer(
         img_size=config.image_size, patch_size=config.patch_size, embed_dim=config.width, depth=config.depth,
         num_heads=config.heads, mlp_ratio=config.mlp_ratio, class_token=True, reg_tokens=config.registers,
-        no_embed_class=config.no_embed_class, num_classes=0,
+        no_embed_class=config.no_embed_class, num_classes=0, dynamic_img_size=True,
     )  # fmt: skip
     scrambled(theirs)
     ours.load_state_dict(theirs.state_dict(), strict=True)
@@ -70,6 +73,71 @@ def test_attention_of_the_last_block_is_that_of_timm(config: ViTConfig) -> None:
     torch.testing.assert_close(attention.sum(dim=-1), torch.ones(attention.shape[:-1]), atol=1e-5, rtol=0)
     cls_to_patches = attention[:, :, 0, config.prefix_tokens :].sum(dim=-1)
     assert (cls_to_patches < 1).all()  # the weight on the prefix tokens is missing
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 2), (5, 3), (11, 11)])
+def test_pictures_of_another_size_are_those_of_timm(config: ViTConfig, rows: int, columns: int) -> None:
+    """Smaller ones, larger ones, and others than squares; timm interpolates the positions with `dynamic_img_size`."""
+    ours, theirs = pair(config)
+    p = config.patch_size
+    x = torch.randn(2, 3, rows * p, columns * p, generator=Generator().manual_seed(3))
+    found = ours(x)
+    assert found.shape == (2, config.prefix_tokens + rows * columns, config.width)
+    torch.testing.assert_close(found, theirs.forward_features(x), atol=2e-5, rtol=0)
+    torch.testing.assert_close(ours.with_attention(x)[0], found, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@pytest.mark.parametrize("grid", [(4, 4), (2, 2), (3, 9), (14, 14)])
+def test_positions_are_interpolated_as_in_timm(prefix: int, grid: tuple[int, int], generator: Generator) -> None:
+    positions = torch.randn(1, prefix + 49, 8, generator=generator)
+    expected = resample_abs_pos_embed(positions, list(grid), num_prefix_tokens=prefix)
+    torch.testing.assert_close(resize_positions(positions, prefix, grid), expected, atol=1e-6, rtol=0)
+
+
+def test_half_precision_positions_are_interpolated_in_float32(generator: Generator) -> None:
+    positions = torch.randn(1, 17, 8, generator=generator).bfloat16()
+    found = resize_positions(positions, 1, (2, 2))
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, resize_positions(positions.float(), 1, (2, 2)).bfloat16(), atol=0, rtol=0)
+
+
+def test_at_their_own_size_positions_are_the_parameter_itself() -> None:
+    vit = ViT(CONFIGS[0])
+    assert vit.positions(images(CONFIGS[0], 1)) is vit.pos_embed
+
+
+def saved_numbers(vit: ViT, x: Tensor) -> int:
+    """How many numbers the forward pass keeps for the backward pass."""
+    sizes: list[int] = []
+
+    def pack(t: Tensor) -> Tensor:
+        sizes.append(t.numel())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        vit(x)
+    return sum(sizes)
+
+
+def test_recomputed_activations_change_no_gradient() -> None:
+    config = ViTConfig(image_size=16, patch_size=4, width=32, depth=4, heads=2, registers=1)
+    plain = ViT(config)
+    scrambled(plain)
+    frugal = copy.deepcopy(plain)
+    frugal.recompute = True
+    x = images(config)
+    tokens = [vit(x) for vit in (plain, frugal)]
+    assert torch.equal(*tokens)
+    for each in tokens:
+        each.square().mean().backward()
+    for (name, a), (_, b) in zip(plain.named_parameters(), frugal.named_parameters(), strict=True):
+        assert a.grad is not None, name
+        assert b.grad is not None, name
+        assert (a.grad != 0).any(), name
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-7, rtol=1e-5)
+    assert saved_numbers(frugal, x) < saved_numbers(plain, x) / 4
 
 
 @pytest.mark.parametrize("stem", ["patch", "conv"])
