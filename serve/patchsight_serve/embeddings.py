@@ -98,7 +98,7 @@ async def attention(
     """
     service: Service = request.app.state.service
     manifest = service.encoder(encoder).manifest
-    name = graph_name("attention", manifest)
+    name = graph_name("attention", manifest, param="encoder")
     number = _head(head, manifest)
     media_type = negotiate(request.headers.get("accept"), (PNG, JSON, NPY, RAW))
     images = await read_images(request, replace(service.body_limits, max_images=1))

@@ -15,12 +15,14 @@ Numbers = np.ndarray[Any, np.dtype[Any]]
 class FakeEncoder:
     """Outputs are functions of the pixels: equal images have equal embeddings, different ones differ.
 
-    All arithmetic is on integers until the last step, so an image's numbers do not depend on its batch.
+    All arithmetic is on integers until the last step, so an image's numbers do not depend on its batch. Without a
+    patch size it is what a ResNet's bundle is: `mean_embedding` and nothing else.
     """
 
     def __init__(
-        self, name: str = "fake", image_size: int = 32, patch_size: int = 4, embedding_dim: int = 16, num_heads: int = 2
-    ) -> None:
+        self, name: str = "fake", image_size: int = 32, patch_size: int | None = 4, embedding_dim: int = 16,
+        num_heads: int = 2,
+    ) -> None:  # fmt: skip
         self.manifest = Manifest(
             name=name,
             sha256=hashlib.sha256(f"{name} {image_size} {patch_size} {embedding_dim} {num_heads}".encode()).hexdigest(),
@@ -30,9 +32,9 @@ class FakeEncoder:
             image_size=image_size,
             patch_size=patch_size,
             embedding_dim=embedding_dim,
-            num_heads=num_heads,
-            prefix_tokens=1,
-            recommended="cls",
+            num_heads=num_heads if patch_size else None,
+            prefix_tokens=1 if patch_size else 0,
+            recommended="cls" if patch_size else "mean",
             transform=Transform(resize=image_size, crop=image_size),
             data="none",
             recipe="none",

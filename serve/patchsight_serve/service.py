@@ -37,16 +37,23 @@ VECTORS = ("embedding", "cls", "mean")
 PROOF_TIMEOUT_S = 5.0
 
 
-def graph_name(output: str, manifest: Manifest) -> str:
-    """The graph's name of a public output. Raises InvalidRequest if this encoder does not have it."""
+def available(manifest: Manifest) -> dict[str, str]:
+    """The public outputs that this encoder has, and what its graph calls them."""
+    names = {output: name or f"{manifest.recommended}_embedding" for output, name in OUTPUTS.items()}
+    return {output: name for output, name in names.items() if name in manifest.outputs}
+
+
+def graph_name(output: str, manifest: Manifest, param: str = "outputs") -> str:
+    """The graph's name of a public output. Raises InvalidRequest, which blames `param`, if the encoder lacks it."""
     if output not in OUTPUTS:
-        raise InvalidRequest(f"unknown output {output!r}; the outputs are {', '.join(OUTPUTS)}", "outputs")
-    name = OUTPUTS[output] or f"{manifest.recommended}_embedding"
-    if name not in manifest.outputs:
+        raise InvalidRequest(f"unknown output {output!r}; the outputs are {', '.join(OUTPUTS)}", param)
+    names = available(manifest)
+    if output not in names:
         raise InvalidRequest(
-            f"encoder {manifest.name!r} has no output {output!r}; it has {', '.join(manifest.outputs)}", "outputs"
+            f"encoder {manifest.name!r} ({manifest.architecture}) has no output {output!r}; it has {', '.join(names)}",
+            param,
         )
-    return name
+    return names[output]
 
 
 def to_unit_length(vectors: Values) -> Values:

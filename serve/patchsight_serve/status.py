@@ -6,10 +6,9 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from patchsight_serve.encoder import Encoder
-from patchsight_serve.errors import PatchsightError
 from patchsight_serve.replies import json_reply
 from patchsight_serve.schemas import EncoderInfo, EncoderList, ErrorReply
-from patchsight_serve.service import OUTPUTS, Service, graph_name
+from patchsight_serve.service import Service, available
 
 
 def router() -> APIRouter:
@@ -65,16 +64,10 @@ async def metrics(request: Request) -> Response:
 
 def _info(encoder: Encoder, service: Service) -> dict[str, Any]:
     manifest = encoder.manifest
-    outputs = {}
-    for name in OUTPUTS:
-        try:
-            outputs[name] = manifest.outputs[graph_name(name, manifest)]
-        except PatchsightError:
-            continue  # a ResNet has no attention
     return {
         "name": manifest.name,
         "sha256": manifest.sha256,
         "default": manifest.name == service.default_encoder,
-        "outputs": outputs,
+        "outputs": {output: manifest.outputs[name] for output, name in available(manifest).items()},
         "manifest": manifest.model_dump(),
     }

@@ -49,7 +49,7 @@ export function draw() {
   compose($("picture"), bitmap, crop / resize, { layer, opacity: $("opacity").value / 100, smooth });
   $("attention-note").textContent = map ? noteOf(map) : "This encoder has no attention to show.";
   if (bitmap && bitmap.width !== bitmap.height) $("attention-note").textContent += " The encoder sees the square in the middle.";
-  if (!bitmap) $("attention-note").textContent += " The browser cannot show this format, so the map stands alone.";
+  if (!bitmap) $("attention-note").textContent += ` The browser cannot show this format${map ? ", so the map stands alone" : ""}.`;
   const name = $("picture-name").textContent;
   const head = chosenHead() ? `head ${chosenHead() - 1}` : "the mean of all heads";
   $("picture").ariaLabel = map ? `${name} with the attention of ${head} on it` : name;

@@ -140,6 +140,11 @@ def _tiny_graph() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 
+def _mean_alone(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph as a ResNet has it: the mean of the cells, and nothing else."""
+    return onnx.utils.Extractor(model).extract_model(["image"], ["mean_embedding"])
+
+
 def write_bundle(folder: Path, **changes: Any) -> Path:
     """A bundle of the tiny encoder in `folder`; `changes` are keys of the manifest that differ."""
     (folder / "1").mkdir(parents=True)
@@ -150,7 +155,7 @@ def write_bundle(folder: Path, **changes: Any) -> Path:
         "data": "none", "recipe": "none", "commit": "none", "license": "CC0-1.0",
     }  # fmt: skip
     manifest = Manifest(**fields | changes)
-    model = _tiny_graph()
+    model = _tiny_graph() if manifest.patch_size else _mean_alone(_tiny_graph())
     helper.set_model_props(model, {METADATA_KEY: manifest.metadata()})
     onnx.checker.check_model(model)
     path = folder / "1" / "model.onnx"
@@ -162,7 +167,7 @@ def write_bundle(folder: Path, **changes: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def make_bundle() -> Callable[..., Path]:
-    """`make_bundle(folder, **manifest keys)`: a bundle of the tiny encoder."""
+    """`make_bundle(folder, **manifest keys)`: a bundle of the tiny encoder; without a patch size, of its mean alone."""
     return write_bundle
 
 
@@ -170,6 +175,15 @@ def make_bundle() -> Callable[..., Path]:
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle `model_repository/tiny`, for reading only: 16 px, patch 4, 2 heads, 8 dimensions, all four outputs."""
     return write_bundle(tmp_path_factory.mktemp("model_repository") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def mean_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle `model_repository/resnet`, for reading only: as `tiny_bundle`, with `mean_embedding` alone."""
+    return write_bundle(
+        tmp_path_factory.mktemp("model_repository") / "resnet", patch_size=None, num_heads=None, prefix_tokens=0,
+        recommended="mean", architecture="tiny ResNet",
+    )  # fmt: skip
 
 
 @pytest.fixture

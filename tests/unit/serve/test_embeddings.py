@@ -459,23 +459,49 @@ def test_attention_of_a_bad_image(name: str, client: TestClient, bad_images: dic
     assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
 
 
-def test_an_encoder_without_attention_says_so(serving: Callable[..., TestClient], png: bytes) -> None:
-    class ResNet(FakeEncoder):
-        def __init__(self) -> None:
-            super().__init__()
-            self.manifest = self.manifest.model_copy(
-                update={"patch_size": None, "num_heads": None, "recommended": "mean"}
-            )
+# Encoders with `mean_embedding` alone
 
-        def run(self, images: np.ndarray, outputs: Sequence[str]) -> dict[str, np.ndarray]:
-            return {name: images.reshape(len(images), -1)[:, :16].astype(np.float32) for name in outputs}
 
-    client = serving(ResNet())
-    assert as_raw(client, [png]).status_code == 200
-    assert as_raw(client, [png], outputs="cls").status_code == 400
-    reply = client.post("/attention", content=png, headers=RAW)
+def test_a_resnet_is_embedded_by_its_mean(
+    serving: Callable[..., TestClient], mean_bundle: Path, photos: list[bytes]
+) -> None:
+    encoder = OrtEncoder(mean_bundle, threads=1)
+    client = serving(FakeEncoder(), encoder)
+    for outputs in ("embedding", "mean", "embedding,mean"):
+        results = as_form(client, photos, encoder="resnet", outputs=outputs).json()["results"]
+        for photo, result in zip(photos, results, strict=True):
+            assert list(result) == ["index", *outputs.split(",")]
+            for output in outputs.split(","):
+                np.testing.assert_allclose(result[output], oracle(photo, "mean", encoder), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("outputs", ["attention", "cls", "patch_tokens", "embedding,attention"])
+def test_what_a_resnet_lacks_is_named(
+    outputs: str, serving: Callable[..., TestClient], mean_bundle: Path, png: bytes
+) -> None:
+    client = serving(FakeEncoder(), OrtEncoder(mean_bundle, threads=1))
+    reply = as_raw(client, [png], encoder="resnet", outputs=outputs)
+    lacking = outputs.split(",")[-1]
     assert reply.status_code == 400
-    assert "has no output 'attention'; it has mean_embedding" in reply.json()["error"]["message"]
+    assert reply.json()["error"] == {
+        "code": "invalid_request", "param": "outputs",
+        "message": f"encoder 'resnet' (tiny ResNet) has no output '{lacking}'; it has embedding, mean",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("query", ["", "&head=0", "&head=mean&mass=0.6"])
+@pytest.mark.parametrize("accept", ["image/png", "application/json"])
+def test_a_resnet_has_no_attention_to_show(
+    query: str, accept: str, serving: Callable[..., TestClient], mean_bundle: Path, png: bytes
+) -> None:
+    client = serving(FakeEncoder(), OrtEncoder(mean_bundle, threads=1))
+    reply = client.post(f"/attention?encoder=resnet{query}", content=png, headers=RAW | {"Accept": accept})
+    assert reply.status_code == 400
+    assert reply.json()["error"] == {
+        "code": "invalid_request", "param": "encoder",
+        "message": "encoder 'resnet' (tiny ResNet) has no output 'attention'; it has embedding, mean",
+    }  # fmt: skip
+    assert client.get("/readyz").status_code == 200
 
 
 def test_what_is_shown_is_what_the_encoder_saw(photos: list[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""What every engine must do: the same tests for the fake, and for ONNX Runtime on the tiny bundle."""
+"""What every engine must do: the same tests for the fake, and for ONNX Runtime on the tiny bundles."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,51 +10,72 @@ from patchsight_serve.encoder import Encoder
 from patchsight_serve.fake_encoder import FakeEncoder
 from patchsight_serve.ort_encoder import OrtEncoder
 
-ENGINES: dict[str, Callable[[Path], Encoder]] = {
+VITS: dict[str, Callable[[Path], Encoder]] = {
     "fake": lambda _: FakeEncoder(),
     "onnxruntime": lambda bundle: OrtEncoder(bundle, threads=1),
 }
+RESNETS: dict[str, Callable[[Path], Encoder]] = {
+    "fake ResNet": lambda _: FakeEncoder(patch_size=None),
+    "ResNet on onnxruntime": lambda bundle: OrtEncoder(bundle, threads=1),
+}
 
 
-@pytest.fixture(params=ENGINES)
-def encoder(request: pytest.FixtureRequest, tiny_bundle: Path) -> Encoder:
-    return ENGINES[request.param](tiny_bundle)
+@pytest.fixture(params=VITS)
+def vit(request: pytest.FixtureRequest, tiny_bundle: Path) -> Encoder:
+    return VITS[request.param](tiny_bundle)
 
 
-@pytest.fixture
+@pytest.fixture(params=RESNETS)
+def resnet(request: pytest.FixtureRequest, mean_bundle: Path) -> Encoder:
+    return RESNETS[request.param](mean_bundle)
+
+
+@pytest.fixture(params=[*VITS, *RESNETS])
+def encoder(request: pytest.FixtureRequest, tiny_bundle: Path, mean_bundle: Path) -> Encoder:
+    name = request.param
+    return VITS[name](tiny_bundle) if name in VITS else RESNETS[name](mean_bundle)
+
+
 def images(encoder: Encoder) -> np.ndarray:
     side = encoder.manifest.transform.crop
     return np.random.default_rng(0).integers(0, 256, (5, side, side, 3), np.uint8)
 
 
-def test_outputs_are_as_the_manifest_says(encoder: Encoder, images: np.ndarray) -> None:
-    values = encoder.run(images, list(encoder.manifest.outputs))
+def test_outputs_are_as_the_manifest_says(encoder: Encoder) -> None:
+    values = encoder.run(images(encoder), list(encoder.manifest.outputs))
     assert {name: v.shape[1:] for name, v in values.items()} == encoder.manifest.outputs
     assert all(v.dtype == np.float32 and len(v) == 5 and np.isfinite(v).all() for v in values.values())
 
 
-def test_only_what_was_asked_for(encoder: Encoder, images: np.ndarray) -> None:
-    assert list(encoder.run(images, ["attention", "cls_embedding"])) == ["attention", "cls_embedding"]
+def test_a_resnet_has_its_mean_alone(resnet: Encoder) -> None:
+    assert resnet.manifest.outputs.keys() == {"mean_embedding"}
+    assert resnet.manifest.recommended == "mean"
 
 
-def test_a_batch_of_one_equals_a_batch_of_five(encoder: Encoder, images: np.ndarray) -> None:
-    names = list(encoder.manifest.outputs)
-    together = encoder.run(images, names)
+def test_only_what_was_asked_for(vit: Encoder) -> None:
+    assert list(vit.run(images(vit), ["attention", "cls_embedding"])) == ["attention", "cls_embedding"]
+
+
+def test_a_batch_of_one_equals_a_batch_of_five(encoder: Encoder) -> None:
+    names, pixels = list(encoder.manifest.outputs), images(encoder)
+    together = encoder.run(pixels, names)
     for i in range(5):
-        alone = encoder.run(images[i : i + 1], names)
+        alone = encoder.run(pixels[i : i + 1], names)
         for name in names:
             np.testing.assert_allclose(alone[name][0], together[name][i], rtol=1e-5, atol=1e-5)
 
 
-def test_attention_is_a_share_less_what_prefix_tokens_keep(encoder: Encoder, images: np.ndarray) -> None:
-    attention = encoder.run(images, ["attention"])["attention"]
+def test_attention_is_a_share_less_what_prefix_tokens_keep(vit: Encoder) -> None:
+    attention = vit.run(images(vit), ["attention"])["attention"]
     assert (attention >= 0).all()
     np.testing.assert_allclose(attention.sum(axis=(2, 3)), 0.9, atol=1e-5)
 
 
-def test_equal_images_are_equal_and_one_pixel_makes_a_difference(encoder: Encoder, images: np.ndarray) -> None:
-    other = images[:1].copy()
+def test_equal_images_are_equal_and_one_pixel_makes_a_difference(encoder: Encoder) -> None:
+    name = f"{encoder.manifest.recommended}_embedding"
+    image = images(encoder)[:1]
+    other = image.copy()
     other[0, 3, 3, 1] ^= 1
-    a, b, c = encoder.run(np.concatenate([images[:1], images[:1], other]), ["cls_embedding"])["cls_embedding"]
+    a, b, c = encoder.run(np.concatenate([image, image, other]), [name])[name]
     assert (a == b).all()
     assert (a != c).any()

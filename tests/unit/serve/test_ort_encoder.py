@@ -35,6 +35,28 @@ def test_numbers_are_those_of_numpy(tiny_bundle: Path) -> None:
         np.testing.assert_allclose(actual[name], value, rtol=1e-4, atol=1e-5)
 
 
+def test_a_mean_alone_is_that_of_the_whole_graph(tiny_bundle: Path, mean_bundle: Path) -> None:
+    images = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    found, wanted = (
+        OrtEncoder(b).run(images, ["mean_embedding"])["mean_embedding"] for b in (mean_bundle, tiny_bundle)
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_resnet_that_promises_attention_is_refused(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    """encoder.json and the graph's own words agree with each other, but not with the graph."""
+    bundle = make_bundle(tmp_path / "resnet", patch_size=None, num_heads=None)
+
+    def promise(model: onnx.ModelProto) -> None:
+        (entry,) = model.metadata_props
+        entry.value = json.dumps(json.loads(entry.value) | {"patch_size": 4, "num_heads": 2})
+
+    told = json.loads((bundle / "encoder.json").read_text())
+    (bundle / "encoder.json").write_text(json.dumps(told | {"patch_size": 4, "num_heads": 2}))
+    with pytest.raises(BundleError, match="output 'cls_embedding' is None"):
+        OrtEncoder(rewrite(bundle, promise))
+
+
 def rewrite(bundle: Path, change: Callable[[onnx.ModelProto], object]) -> Path:
     """Change the graph, and correct encoder.json's sha256, so that only the graph itself can be blamed."""
     path = bundle / "1" / "model.onnx"

@@ -26,6 +26,12 @@ def test_encoders(serving: Callable[..., TestClient], tiny_bundle: Path) -> None
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
 
 
+def test_a_resnet_offers_its_mean_alone(serving: Callable[..., TestClient], mean_bundle: Path) -> None:
+    one = serving(OrtEncoder(mean_bundle, threads=1)).get("/encoders/resnet").json()
+    assert one["outputs"] == {"embedding": [8], "mean": [8]}
+    assert (one["manifest"]["patch_size"], one["manifest"]["num_heads"]) == (None, None)
+
+
 def test_alive_and_ready(client: TestClient) -> None:
     assert client.get("/livez").json() == {"status": "alive"}
     assert client.get("/readyz").json() == {"status": "ready"}
