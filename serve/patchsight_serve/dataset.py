@@ -5,6 +5,8 @@ Knows where the encoded bytes are and what they are called; it does not decode.
 
 import glob
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from patchsight_serve.column import BinaryColumn
 from patchsight_serve.errors import InvalidRequest
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif"}
@@ -30,17 +33,24 @@ class Dataset:
     names: list[str]
     labels: np.ndarray[Any, np.dtype[np.int64]] | None
     class_names: list[str] | None
-    _content: list[Path] | pa.ChunkedArray
+    _content: Path | BinaryColumn  # the folder, or the column
 
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def parquet(self) -> BinaryColumn | None:
+        """The column of the encoded images, where they lie in Parquet files."""
+        return self._content if isinstance(self._content, BinaryColumn) else None
+
     def read(self, i: int) -> bytes:
-        """The encoded bytes of image `i`."""
-        if isinstance(self._content, list):
-            return self._content[i].read_bytes()
-        value: bytes | None = self._content[i].as_py()
-        return value or b""
+        """The encoded bytes of image `i`; any number of threads may ask, in any order.
+
+        Raises OSError where the file cannot be read, or a Parquet file was changed; DamagedImage where one is broken.
+        """
+        if isinstance(self._content, Path):
+            return (self._content / self.names[i]).read_bytes()
+        return self._content[i]
 
 
 def read_dataset(source: str | Path) -> Dataset:
@@ -63,34 +73,67 @@ def read_dataset(source: str | Path) -> Dataset:
 
 
 def _from_folder(root: Path) -> Dataset:
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not files:
+    names = sorted(_image_files(root), key=lambda name: name.split("/"))
+    if not names:
         raise InvalidRequest(f"{root}: no image in this folder; we look for {', '.join(sorted(SUFFIXES))}")
-    names = [p.relative_to(root).as_posix() for p in files]
     if not all("/" in name for name in names):
-        return Dataset(names, None, None, files)
+        return Dataset(names, None, None, root)
     classes = sorted({name.split("/")[0] for name in names})
     number = {name: i for i, name in enumerate(classes)}
     labels = np.array([number[name.split("/")[0]] for name in names], dtype=np.int64)
-    return Dataset(names, labels, classes, files)
+    return Dataset(names, labels, classes, root)
+
+
+def _image_files(root: Path) -> Iterator[str]:
+    """Paths relative to `root`, with `/`. Ten times as fast as `rglob`, which counts with a million files; as there,
+    links to folders are not followed, and a folder that may not be read is passed over."""
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        try:
+            entries = list(os.scandir(root / folder))
+        except PermissionError:
+            continue
+        for entry in entries:
+            stem, _, suffix = entry.name.rpartition(".")
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(f"{folder}{entry.name}/")
+            elif stem and f".{suffix.lower()}" in SUFFIXES and entry.is_file():
+                yield folder + entry.name
 
 
 def _from_parquet(files: list[Path]) -> Dataset:
+    """Names and labels are read now, the images when asked for."""
+    footers: list[tuple[Path, pq.FileMetaData]] = []
+    tables: list[pa.Table] = []
+    for path in files:
+        try:
+            with pq.ParquetFile(path) as file:
+                _check_columns(path, file.schema_arrow)
+                tables.append(file.read(columns=["image.path", "label"]))
+                footers.append((path, file.metadata))
+        except (OSError, pa.ArrowException) as error:
+            raise InvalidRequest(f"{path}: cannot be read as Parquet: {error}") from None
     try:
-        table = pa.concat_tables([pq.read_table(p) for p in files], promote_options="permissive")
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InvalidRequest(f"{files[0]}: cannot be read as Parquet: {error}") from None
-    if "image" not in table.column_names or not pa.types.is_struct(table.schema.field("image").type):
-        raise InvalidRequest(
-            f"{files[0]}: has no struct column `image` with `bytes` and `path`; its columns are {table.column_names}"
-        )
-    if table.num_rows == 0:
+        table = pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise InvalidRequest(f"{files[0]} and those beside it have different columns: {error}") from None
+    rows = sum(footer.num_rows for _, footer in footers)
+    if rows == 0:
         raise InvalidRequest(f"{files[0]}: has no rows")
-    image = table.column("image").combine_chunks()
-    paths = image.field("path").to_pylist() if image.type.get_field_index("path") >= 0 else [None] * len(image)
+    paths = [None] * rows
+    if "image" in table.column_names:
+        paths = table.column("image").combine_chunks().field("path").to_pylist()
     names = [path or f"row {i}" for i, path in enumerate(paths)]
-    labels = _labels(table, files[0])
-    return Dataset(names, labels, _class_names(table.schema), pa.chunked_array([image.field("bytes")]))
+    return Dataset(names, _labels(table, files[0]), _class_names(table.schema), BinaryColumn(footers, "image.bytes"))
+
+
+def _check_columns(path: Path, schema: pa.Schema) -> None:
+    image = schema.field("image").type if "image" in schema.names else None
+    if image is None or not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
+        raise InvalidRequest(
+            f"{path}: has no struct column `image` with `bytes` and `path`; its columns are {schema.names}"
+        )
 
 
 def _labels(table: pa.Table, file: Path) -> np.ndarray[Any, np.dtype[np.int64]] | None:

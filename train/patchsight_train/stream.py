@@ -13,10 +13,12 @@ from patchsight_train.data import (
     EncodedImages,
     Images,
     Pixels,
+    available_memory,
     cores,
     decode_all,
     decoders,
     look_ahead,
+    ranks_here,
     report,
     room_for,
 )
@@ -44,7 +46,26 @@ def open_images(
         return decode_all(encoded, range(len(encoded)), size, console)
     how = f"streamed, {cores()} threads decode each batch ahead of need"
     console.print(f"{why}: {how}", highlight=False, soft_wrap=True)
+    _keep_parquet(encoded, console)
     return StreamedImages(encoded, size, console)
+
+
+def _keep_parquet(encoded: EncodedImages, console: Console) -> None:
+    """Let Parquet files keep in memory what was read, up to a quarter of what is free; say what it costs if that is too
+    little, because images are drawn at random and a compressed page must be read whole for each."""
+    columns = [(s, d.parquet) for s, d in zip(encoded.sources, encoded.datasets, strict=True) if d.parquet is not None]
+    total = sum(column.nbytes for _, column in columns)
+    most = available_memory() / ranks_here() / 4
+    for source, column in columns:
+        column.kept.most = most * column.nbytes / total
+        if total > most and column.is_compressed:
+            console.print(
+                f"{source}: compressed Parquet of {column.nbytes / 2**30:.1f} GiB, of which "
+                f"{column.kept.most / 2**30:.1f} GiB can be kept in memory; each image drawn costs reading "
+                f"{column.page_bytes / 2**20:.1f} MiB. Faster: a folder of files, or Parquet written with "
+                f"compression='none'",
+                highlight=False, soft_wrap=True, markup=False,
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,6 +90,10 @@ class StreamedImages:
 
     def __len__(self) -> int:
         return len(self.encoded)
+
+    def on_device(self, device: torch.device, share: float = 0.5) -> "StreamedImages":  # noqa: ARG002 - as `Images`
+        """Themselves: what does not fit into memory does not fit onto a GPU."""
+        return self
 
     def batches(self, orders: Iterable[Tensor], device: torch.device, ahead: int = 4) -> Iterator[Tensor]:
         """For each order, int64 `(b,)` on the CPU, those images in it: uint8 `(b, 3, S, S)` on `device`.

@@ -18,7 +18,7 @@ def write(path: Path, content: bytes = b"x") -> None:
 
 
 def write_parquet(
-    path: Path, images: list[dict], labels: list[int] | None = None, names: list[str] | None = None
+    path: Path, images: list[dict], labels: list[int | None] | None = None, names: list[str] | None = None
 ) -> None:
     columns = {"image": pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))}
     if labels is not None:
@@ -75,6 +75,52 @@ def test_parquet_without_labels_or_names(tmp_path: Path) -> None:
     assert (dataset.labels, dataset.class_names) == (None, None)
 
 
+def test_null_and_minus_one_mean_unlabelled(tmp_path: Path) -> None:
+    images = [{"bytes": b"a", "path": "a"}] * 4
+    write_parquet(tmp_path / "some.parquet", images, [1, None, -1, 0])
+    assert read_dataset(tmp_path / "some.parquet").labels.tolist() == [1, -1, -1, 0]
+    for labels in ([None] * 4, [-1, None, -1, None]):
+        write_parquet(tmp_path / "none.parquet", images, labels)
+        assert read_dataset(tmp_path / "none.parquet").labels is None
+    both = read_dataset(tmp_path / "*.parquet")
+    assert both.labels.tolist() == [-1, -1, -1, -1, 1, -1, -1, 0]
+
+
+def test_a_file_without_labels_beside_one_with(tmp_path: Path) -> None:
+    image = [{"bytes": b"a", "path": "a"}]
+    write_parquet(tmp_path / "0.parquet", image * 2, [4, 5])
+    write_parquet(tmp_path / "1.parquet", image)
+    table = pa.table({"label": pa.array([7], pa.int32()), "image": [{"bytes": b"z"}]})  # another type, order, no path
+    pq.write_table(table, tmp_path / "2.parquet")
+    dataset = read_dataset(tmp_path)
+    assert dataset.labels.tolist() == [4, 5, -1, 7]
+    assert dataset.names == ["a", "a", "a", "row 3"]
+    assert [dataset.read(i) for i in range(4)] == [b"a", b"a", b"a", b"z"]
+
+
+def test_images_are_read_when_asked_for(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "t.parquet", [{"bytes": bytes([i]) * 1000, "path": f"{i}"} for i in range(200)])
+    dataset = read_dataset(tmp_path / "t.parquet")
+    (tmp_path / "t.parquet").unlink()
+    with pytest.raises(FileNotFoundError):
+        dataset.read(3)
+
+
+def test_a_folder_is_read_in_the_order_of_the_parts_of_its_paths(tmp_path: Path) -> None:
+    files = ["a/b.png", "a-b/c.png", "a/b/c.png", "a.png/d.png", ".hidden/e.png", "Z/f.PNG", "a/.png", "a/g.png.txt"]
+    for name in files:
+        write(tmp_path / name)
+    (tmp_path / "a" / "folder.png").mkdir()
+    (tmp_path / "a" / "gone.png").symlink_to("nowhere")
+    (tmp_path / "a" / "link.png").symlink_to("b.png")
+    (tmp_path / "around").symlink_to(tmp_path, target_is_directory=True)
+    expected = sorted(p for p in tmp_path.rglob("*") if p.suffix.lower() == ".png" and p.is_file())
+    dataset = read_dataset(tmp_path)
+    assert dataset.names == [p.relative_to(tmp_path).as_posix() for p in expected]
+    assert len(dataset) == 7
+    assert dataset.read(dataset.names.index("a/link.png")) == b"x"
+
+
 def test_metadata_that_is_not_ours_is_no_error(tmp_path: Path) -> None:
     write_parquet(tmp_path / "t.parquet", [{"bytes": b"a", "path": "a"}], [0])
     table = pq.read_table(tmp_path / "t.parquet").replace_schema_metadata({"huggingface": "{no json"})
@@ -87,6 +133,10 @@ def test_what_is_no_source_says_so(tmp_path: Path) -> None:
     write(tmp_path / "text.parquet", b"no parquet")
     pq.write_table(pa.table({"picture": ["x"]}), tmp_path / "other.parquet")
     write_parquet(tmp_path / "none.parquet", [], [])
+    pq.write_table(pa.table({"image": [{"bytes": b"a"}], "label": ["cat"]}), tmp_path / "words.parquet")
+    pq.write_table(pa.table({"image": [{"path": "a"}]}), tmp_path / "paths.parquet")
+    pq.write_table(pa.table({"image": [{"bytes": b"a"}], "label": [["x"]]}), tmp_path / "mixed-0.parquet")
+    pq.write_table(pa.table({"image": [{"bytes": b"a"}], "label": [1]}), tmp_path / "mixed-1.parquet")
     for source, message in (
         ("nowhere", "no such folder, file or glob"),
         ("no*.parquet.x", "no such folder, file or glob"),
@@ -94,6 +144,9 @@ def test_what_is_no_source_says_so(tmp_path: Path) -> None:
         ("text.parquet", "cannot be read as Parquet"),
         ("other.parquet", "its columns are .*picture"),
         ("none.parquet", "has no rows"),
+        ("words.parquet", r"words\.parquet: its column `label` does not hold whole numbers"),
+        ("paths.parquet", "has no struct column `image` with `bytes`"),
+        ("mixed-*.parquet", "have different columns"),
     ):
         with pytest.raises(InvalidRequest, match=message):
             read_dataset(tmp_path / source)
