@@ -16,6 +16,8 @@ from patchsight_train.data import EncodedImages, Images, decode_all, draw
 from patchsight_train.views import eval_view
 from patchsight_train.vit import ViT
 
+Side = tuple[EncodedImages, Tensor]  # images, and which of them: int64 (n,)
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -38,62 +40,48 @@ def load_probe(
     sources: Iterable[str], knn_test: Sequence[str], image_size: int, most_gallery: int, most_queries: int,
     console: Console, limit: int | None = None,
 ) -> Probe | None:  # fmt: skip
-    """Decode what the probe needs and no more, at the eval transform. None where nothing is labelled.
+    """Decode what the probe needs and no more, at the eval transform; None where nothing is labelled.
 
-    Queries are the images of `knn_test`, or every tenth labelled one where only one side has labels. Where there are
-    more than asked for, a random subset is taken, always the same one. `limit` holds for `sources`, as in training.
+    Where there are more images than asked for, a random subset is taken, always the same one. `limit` holds for
+    `sources`, as in training.
 
     Raises:
         InvalidRequest: a source is missing, none of its images can be read, or the two sides have different classes.
+        DataLost: as `load_images`.
     """
-    train = EncodedImages(sources, limit)
-    test = EncodedImages(knn_test) if knn_test else None
-    labelled = [images for images in (train, test) if images is not None and images.labels is not None]
-    if len(labelled) == 2:
-        gallery, queries = labelled
-        if gallery.class_names != queries.class_names:
-            raise InvalidRequest(f"--knn-test has the classes {queries.class_names}, --data has {gallery.class_names}")
-        rows = _labelled_rows(gallery), _labelled_rows(queries)
-    elif labelled and len(_labelled_rows(labelled[0])) >= 10:
-        (gallery,) = (queries,) = labelled
-        both = _labelled_rows(gallery)
-        tenth = torch.arange(len(both)) % 10 == 9
-        rows = both[~tenth], both[tenth]
-    else:
+    split = split_probe(EncodedImages(sources, limit), EncodedImages(knn_test) if knn_test else None)
+    if split is None:
         return None
-    chosen = draw(rows[0], most_gallery).tolist(), draw(rows[1], most_queries).tolist()
+    (gallery, gallery_rows), (queries, query_rows) = split
     return Probe(
-        decode_all(gallery, chosen[0], image_size, console), decode_all(queries, chosen[1], image_size, console)
+        decode_all(gallery, draw(gallery_rows, most_gallery).tolist(), image_size, console),
+        decode_all(queries, draw(query_rows, most_queries).tolist(), image_size, console),
     )
 
 
-def _labelled_rows(images: EncodedImages) -> Tensor:
-    assert images.labels is not None
-    return (images.labels >= 0).nonzero().squeeze(1)
+def split_probe(train: EncodedImages, test: EncodedImages | None) -> tuple[Side, Side] | None:
+    """Gallery and queries. Queries are the test images, or every tenth labelled one where only one set has labels.
 
-
-def split_probe(train: Images, test: Images | None, most_gallery: int, most_queries: int) -> Probe | None:
-    """Queries are the test images, or every tenth where only one of the sets has labels; None where neither has.
+    None where neither has, or so few that no tenth is there.
 
     Raises:
         InvalidRequest: the two sets have different classes.
     """
-    labelled = [images for images in (train, test) if images is not None and images.labels is not None]
+    labelled = [
+        (images, (images.labels >= 0).nonzero().squeeze(1))
+        for images in (train, test)
+        if images is not None and images.labels is not None
+    ]
     if len(labelled) == 2:
-        gallery, queries = labelled
-        if gallery.class_names != queries.class_names:
-            raise InvalidRequest(f"--knn-test has the classes {queries.class_names}, --data has {gallery.class_names}")
-    elif labelled and len(labelled[0]) >= 10:
-        tenth = torch.arange(len(labelled[0])) % 10 == 9
-        gallery, queries = _select(labelled[0], ~tenth), _select(labelled[0], tenth)
-    else:
+        ours, theirs = (images.class_names for images, _ in labelled)
+        if ours != theirs:
+            raise InvalidRequest(f"--knn-test has the classes {theirs}, --data has {ours}")
+        return labelled[0], labelled[1]
+    if not labelled or len(labelled[0][1]) < 10:
         return None
-    return Probe(_select(gallery, slice(most_gallery)), _select(queries, slice(most_queries)))
-
-
-def _select(images: Images, chosen: Tensor | slice) -> Images:
-    assert images.labels is not None
-    return Images(images.pixels[chosen], images.labels[chosen], images.class_names)
+    images, rows = labelled[0]
+    tenth = torch.arange(len(rows)) % 10 == 9
+    return (images, rows[~tenth]), (images, rows[tenth])
 
 
 @torch.no_grad()

@@ -13,7 +13,17 @@ from rich.console import Console
 from patchsight_serve.decode import decode
 from patchsight_serve.errors import InvalidRequest
 from patchsight_train import data as data_module
-from patchsight_train.data import Images, eval_transform, load_images
+from patchsight_train.data import (
+    LOST_AFTER,
+    DataLost,
+    EncodedImages,
+    Images,
+    decode_all,
+    eval_transform,
+    load_images,
+    look_ahead,
+    sample_images,
+)
 
 
 class Screen(Console):
@@ -164,12 +174,104 @@ def test_more_than_the_memory_holds_is_refused(
     picture_folder: Path, load: Callable[..., Images], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(data_module, "available_memory", lambda: 2.0**30)
-    with pytest.raises(
-        InvalidRequest, match=r"12 images of 5000 px need 0.8 GiB decoded, 1.0 GiB are free; use a smaller"
-    ):
+    figures = "12 images of 5000 px need 0.8 GiB decoded, 1.0 GiB are free"
+    with pytest.raises(InvalidRequest, match=f"{figures}; use a smaller --image-size or --limit, or let them be str"):
         load(picture_folder, size=5_000)
     assert len(load(picture_folder)) == 12
 
 
 def test_available_memory_is_a_size() -> None:
     assert data_module.available_memory() > 2**20
+
+
+@pytest.mark.parametrize(
+    ("most", "used", "expected"), [("max", 5_000, float("inf")), ("9000", 5_000, 4_100), (None, 0, float("inf"))]
+)
+def test_a_container_has_less_than_its_machine(most: str | None, used: int, expected: float, tmp_path: Path) -> None:
+    if most is not None:
+        (tmp_path / "memory.max").write_text(f"{most}\n")
+        (tmp_path / "memory.current").write_text(f"{used}\n")
+        (tmp_path / "memory.stat").write_text("anon 4900\ninactive_file 100\n")
+    assert data_module._memory_of_the_container(tmp_path) == expected
+
+
+def test_some_images_may_have_no_label(picture_folder: Path, tmp_path: Path, load: Callable[..., Images]) -> None:
+    table = pq.read_table(as_parquet(picture_folder, tmp_path / "a.parquet"))
+    some = pa.array([0, None, 1, -1, *[1] * 8], pa.int64())
+    pq.write_table(table.set_column(1, "label", some), tmp_path / "a.parquet")
+    images = load(tmp_path / "a.parquet")
+    assert images.labels is not None
+    assert images.labels.tolist() == [0, -1, 1, -1, *[1] * 8]
+    assert load(tmp_path / "a.parquet", limit=2).labels is not None
+    nothing = pa.array([None] * 12, pa.int64())
+    pq.write_table(table.set_column(1, "label", nothing), tmp_path / "a.parquet")
+    assert load(tmp_path / "a.parquet").labels is None
+
+
+def test_an_unlabelled_source_beside_a_labelled_one(picture_folder: Path, load: Callable[..., Images]) -> None:
+    images = load(picture_folder / "dogs", picture_folder)
+    assert images.labels is not None
+    assert images.labels.tolist() == [-1] * 6 + [0] * 6 + [1] * 6
+    assert images.class_names == ["cats", "dogs"]
+    assert load(picture_folder / "dogs", picture_folder, limit=6).labels is None  # none of these has one
+
+
+def test_files_that_vanish_while_they_are_decoded(tmp_path: Path, screen: Screen) -> None:
+    for i in range(30):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i:02}.png")
+    encoded = EncodedImages([str(tmp_path)])
+    for i in range(5, 5 + LOST_AFTER - 1):
+        (tmp_path / f"{i:02}.png").unlink()
+    assert len(decode_all(encoded, range(30), 8, screen)) == 30 - LOST_AFTER + 1
+    (tmp_path / f"{5 + LOST_AFTER:02}.png").unlink()
+    (tmp_path / f"{5 + LOST_AFTER - 1:02}.png").write_bytes(b"damaged, but there")
+    assert len(decode_all(encoded, range(30), 8, screen)) == 30 - LOST_AFTER - 1
+    (tmp_path / f"{5 + LOST_AFTER - 1:02}.png").unlink()
+    with pytest.raises(DataLost, match=f"{LOST_AFTER} images in a row cannot be read, the last is ") as error:
+        decode_all(encoded, range(30), 8, screen)
+    assert str(tmp_path) in error.value.message
+
+
+def test_a_sample_is_random_but_always_the_same(
+    picture_folder: Path, load: Callable[..., Images], screen: Screen
+) -> None:
+    everything = load(picture_folder)
+    assert everything.labels is not None
+    sample = sample_images([str(picture_folder)], 16, 5, screen)
+    again = sample_images([str(picture_folder)], 16, 5, screen)
+    rows = [next(i for i in range(12) if torch.equal(everything.pixels[i], p)) for p in sample.pixels]
+    assert rows == sorted(set(rows))
+    assert rows != [0, 1, 2, 3, 4]
+    assert torch.equal(sample.pixels, again.pixels)
+    assert sample.labels is not None
+    assert sample.labels.tolist() == everything.labels[rows].tolist()
+    assert len(sample_images([str(picture_folder)], 16, 50, screen)) == 12
+    assert torch.equal(sample_images([str(picture_folder)], 16, 50, screen, limit=3).pixels, everything.pixels[:3])
+
+
+def test_batches_are_the_images_asked_for(random_pixels: torch.Tensor) -> None:
+    images, cpu = Images(random_pixels, None), torch.device("cpu")
+    assert images.on_device(cpu) is images
+    orders = [torch.tensor([3, 3, 19]), torch.tensor([0])]
+    found = list(images.batches(orders, cpu))
+    assert [len(batch) for batch in found] == [3, 1]
+    assert all(torch.equal(batch, random_pixels[order]) for batch, order in zip(found, orders, strict=True))
+
+
+def test_looking_ahead_starts_what_it_yields_later() -> None:
+    started: list[int] = []
+    found = look_ahead(range(5), lambda i: started.append(i) or 10 * i, depth=2)
+    assert not started
+    assert (next(found), started) == (0, [0, 1, 2])
+    assert (next(found), started) == (10, [0, 1, 2, 3])
+    assert list(found) == [20, 30, 40]
+    assert list(look_ahead([1], float, depth=3)) == [1.0]
+
+
+def test_cores_are_shared_by_the_ranks_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert data_module.cores() == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert data_module.cores() == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "20")
+    assert data_module.cores() == 1

@@ -1,16 +1,24 @@
+import io
+import json
 import math
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
+from rich.console import Console
 from torch import Generator, Tensor
 
 from patchsight_serve.errors import InvalidRequest
 from patchsight_serve.protocol import evaluate
+from patchsight_serve.sample_gallery import SAMPLES
 from patchsight_train.architecture import ViTConfig
-from patchsight_train.data import Images
-from patchsight_train.probe import Probe, embed, knn_predict, split_probe
+from patchsight_train.data import Images, load_images
+from patchsight_train.probe import Probe, embed, knn_predict, load_probe
 from patchsight_train.views import eval_view
 from patchsight_train.vit import ViT
 
@@ -82,53 +90,120 @@ def test_embeddings_are_normalized_tokens(vit: ViT, pooling: str, random_pixels:
     assert vit.training  # as it was before
 
 
-def labelled(N: int, start: int = 0, names: Any = None) -> Images:
-    """Images whose pixels are all their number."""
-    pixels = (start + torch.arange(N)).to(torch.uint8).view(N, 1, 1, 1).expand(-1, 3, 16, 16)
-    return Images(pixels, torch.arange(N) % 3, names)
+@pytest.fixture
+def source(tmp_path: Path) -> Callable[..., str]:
+    """`source("train", labels, first=0, names=None)`: Parquet of PNGs, each all over of its number."""
+
+    def source(name: str, labels: list[int | None] | None, first: int = 0, names: list[str] | None = None) -> str:
+        images = []
+        for i in range(len(labels or range(30))):
+            png = io.BytesIO()
+            Image.fromarray(np.full((20, 24, 3), first + i, dtype=np.uint8)).save(png, "PNG")
+            images.append({"bytes": png.getvalue(), "path": f"{first + i}"})
+        columns = {"image": images} | ({} if labels is None else {"label": pa.array(labels, pa.int64())})
+        table = pa.table(columns)
+        if names is not None:
+            metadata = {"info": {"features": {"label": {"names": names}}}}
+            table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        return str(tmp_path / f"{name}.parquet")
+
+    return source
 
 
-def unlabelled(N: int) -> Images:
-    return Images(labelled(N).pixels, None)
+@pytest.fixture
+def load() -> Callable[..., Probe | None]:
+    """`load(train, test="", most_gallery=100, most_queries=100, limit=None)`, at 16 px."""
+
+    def load(
+        train: str, test: str = "", most_gallery: int = 100, most_queries: int = 100, limit: int | None = None
+    ) -> Probe | None:
+        console = Console(file=io.StringIO())
+        return load_probe([train], [test] if test else [], 16, most_gallery, most_queries, console, limit)
+
+    return load
 
 
 def numbers(images: Images) -> list[int]:
+    assert images.pixels.shape[1:] == (3, 16, 16)
     return images.pixels[:, 0, 0, 0].tolist()
 
 
-def test_queries_are_the_test_images() -> None:
-    probe = split_probe(labelled(30), labelled(9, 100), 25, 4)
-    assert probe is not None
-    assert numbers(probe.gallery) == list(range(25))
-    assert numbers(probe.queries) == [100, 101, 102, 103]
+THIRDS = [i % 3 for i in range(30)]
 
 
-@pytest.mark.parametrize("test", [None, unlabelled(5)], ids=["no test", "unlabelled test"])
-def test_else_every_tenth_image_is_a_query(test: Images | None) -> None:
-    probe = split_probe(labelled(30), test, 100, 100)
-    assert probe is not None
+def test_queries_are_the_test_images(source: Callable[..., str], load: Callable[..., Probe]) -> None:
+    probe = load(source("train", THIRDS), source("test", THIRDS[:9], 100))
+    assert numbers(probe.gallery) == list(range(30))
+    assert numbers(probe.queries) == list(range(100, 109))
+    assert probe.gallery.labels.tolist() == THIRDS
+    assert probe.queries.labels.tolist() == THIRDS[:9]
+
+
+def test_of_too_many_a_random_subset_is_taken_always_the_same(
+    source: Callable[..., str], load: Callable[..., Probe]
+) -> None:
+    sources = source("train", sorted(THIRDS)), source("test", sorted(THIRDS), 100)
+    probe, again = load(*sources, 15, 6), load(*sources, 15, 6)
+    for images, first, count in ((probe.gallery, 0, 15), (probe.queries, 100, 6)):
+        chosen = numbers(images)
+        assert len(chosen) == count
+        assert chosen == sorted(set(chosen))
+        assert images.labels.tolist() == [sorted(THIRDS)[n - first] for n in chosen]
+        assert set(images.labels.tolist()) == {0, 1, 2}  # in order, the first would all be of the first classes
+    assert numbers(probe.gallery) == numbers(again.gallery)
+    assert numbers(probe.queries) == numbers(again.queries)
+
+
+@pytest.mark.parametrize("test", ["none", "unlabelled"])
+def test_else_every_tenth_image_is_a_query(test: str, source: Callable[..., str], load: Callable[..., Probe]) -> None:
+    probe = load(source("train", THIRDS), "" if test == "none" else source("test", None, 100))
     assert numbers(probe.queries) == [9, 19, 29]
     assert numbers(probe.gallery) == [i for i in range(30) if i not in (9, 19, 29)]
-    assert probe.queries.labels is not None
     assert probe.queries.labels.tolist() == [0, 1, 2]
 
 
-def test_labelled_test_images_judge_unlabelled_training() -> None:
-    probe = split_probe(unlabelled(30), labelled(20, 100), 100, 100)
-    assert probe is not None
+def test_labelled_test_images_judge_unlabelled_training(source: Callable[..., str], load: Callable[..., Probe]) -> None:
+    probe = load(source("train", None), source("test", THIRDS[:20], 100))
     assert numbers(probe.queries) == [109, 119]
+    assert numbers(probe.gallery) == [n for n in range(100, 120) if n not in (109, 119)]
 
 
-@pytest.mark.parametrize(
-    ("train", "test"), [(unlabelled(30), None), (unlabelled(30), unlabelled(5)), (labelled(9), None)]
-)
-def test_without_labels_there_is_nothing_to_judge_by(train: Images, test: Images | None) -> None:
-    assert split_probe(train, test, 100, 100) is None
+def test_only_labelled_rows_take_part(source: Callable[..., str], load: Callable[..., Probe]) -> None:
+    some = [label if i % 3 else (None if i % 2 else -1) for i, label in enumerate(THIRDS)]
+    probe = load(source("train", some), source("test", [1, None, 2], 100))
+    assert numbers(probe.gallery) == [i for i in range(30) if i % 3]
+    assert numbers(probe.queries) == [100, 102]
+    assert numbers(load(source("train", some)).queries) == [14, 29]  # the tenth and twentieth of the labelled
 
 
-def test_different_classes_are_refused() -> None:
+def test_the_limit_is_that_of_training(source: Callable[..., str], load: Callable[..., Probe]) -> None:
+    probe = load(source("train", THIRDS), source("test", THIRDS, 100), limit=12)
+    assert numbers(probe.gallery) == list(range(12))
+    assert len(probe.queries) == 30
+
+
+def test_pixels_are_those_of_the_eval_transform() -> None:
+    probe = load_probe([str(SAMPLES)], [], 24, 50, 10, Console(file=io.StringIO()))
+    assert probe is not None
+    truth = load_images([str(SAMPLES)], 24, None, Console(file=io.StringIO()))
+    for images in (probe.gallery, probe.queries):
+        for pixels, label in zip(images.pixels, images.labels, strict=True):
+            same = (truth.pixels == pixels).flatten(1).all(dim=1).nonzero().squeeze(1)
+            assert label in truth.labels[same]
+
+
+@pytest.mark.parametrize(("train", "test"), [(None, False), (None, True), (THIRDS[:9], False)])
+def test_without_labels_there_is_nothing_to_judge_by(
+    train: list[int] | None, test: bool, source: Callable[..., str], load: Callable[..., Probe | None]
+) -> None:
+    assert load(source("train", train), source("test", None) if test else "") is None
+
+
+def test_different_classes_are_refused(source: Callable[..., str], load: Callable[..., Probe]) -> None:
+    sources = source("train", [0, 0], names=["b"]), source("test", [0, 0], names=["a"])
     with pytest.raises(InvalidRequest, match=r"--knn-test has the classes \['a'\], --data has \['b'\]"):
-        split_probe(labelled(3, names=["b"]), labelled(3, names=["a"]), 10, 10)
+        load(*sources)
 
 
 def test_accuracy_is_the_share_of_right_predictions(vit: ViT, random_pixels: Tensor) -> None:
