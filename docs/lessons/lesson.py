@@ -4,10 +4,12 @@ Every lesson is a script of its own: `python docs/lessons/NAME.py`. It trains sm
 `NAME.png`, the plot, and `NAME.json`, the figures with sizes, seeds, commit and CPU minutes.
 """
 
+import hashlib
 import io
 import json
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from patchsight_train.build import build
@@ -33,9 +36,11 @@ CPU = torch.device("cpu")
 
 # A ViT that one CPU core trains at some hundred images a second.
 SMALL: dict[str, Any] = {
-    "data": ["cifar10"], "image_size": 32, "patch_size": 4, "width": 96, "depth": 4, "heads": 3, "batch_size": 128,
+    "data": ["cifar10"], "image_size": 32, "patch_size": 4, "width": 64, "depth": 4, "heads": 2, "batch_size": 128,
     "warmup_epochs": 1, "device": "cpu", "precision": "auto",
 }  # fmt: skip
+
+spent: dict[str, float] = {}  # CPU minutes of each training that this script uses
 
 
 @dataclass(frozen=True)
@@ -76,12 +81,27 @@ def learn(objective: Objective, chosen: TrainSettings, images: Images) -> list[d
 
 
 def trained(images: Images, objective: str, **changes: Any) -> tuple[Objective, list[dict[str, float]]]:
-    """A freshly built objective after its training, in evaluation mode, and its log."""
+    """A freshly built objective after its training, in evaluation mode, and its log.
+
+    Kept in `runs/lessons`, so that a lesson can be drawn again, or another look at the same encoder, without training.
+    """
     chosen = settings(objective, **changes)
+    key = f"{objective} {len(images)} {chosen.model_dump_json()}"
+    folder = HERE.parents[1] / "runs" / "lessons" / hashlib.sha256(key.encode()).hexdigest()[:16]
     torch.manual_seed(chosen.seed)
     built = build(chosen)
-    log = learn(built, chosen, images)
-    return built.eval(), log
+    if not folder.is_dir():
+        start = time.process_time()
+        log = learn(built, chosen, images)
+        folder.mkdir(parents=True)
+        save_file({k: v.contiguous() for k, v in built.state_dict().items()}, folder / "model.safetensors")
+        kept = {"key": key, "cpu_minutes": (time.process_time() - start) / 60, "log": log}
+        (folder / "log.json").write_text(json.dumps(kept))
+    kept = json.loads((folder / "log.json").read_text())
+    built.load_state_dict(load_file(folder / "model.safetensors"))
+    spent[key] = kept["cpu_minutes"]
+    print(f"{objective} {changes}: {kept['cpu_minutes']:.1f} CPU minutes", flush=True)
+    return built.eval(), kept["log"]
 
 
 def embeddings(objective: Objective, images: Images) -> Tensor:
@@ -109,10 +129,15 @@ def quality(objective: Objective, split: Split) -> dict[str, float]:
     return {"knn": knn(gallery, queries, split), "linear": linear(gallery, queries, split)}
 
 
+def mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
 def save(name: str, figure: Figure, results: dict[str, Any]) -> None:
     """Keep plot and figures beside the script, and print the figures."""
     figure.savefig(HERE / f"{name}.png", dpi=110, bbox_inches="tight")
-    results = {**results, "cpu_minutes": round(time.process_time() / 60, 1), "commit": commit(), "torch": torch.__version__}
+    results = {**results, "training_cpu_minutes": round(sum(spent.values()), 1), "commit": commit()}
     (HERE / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))
 

@@ -1,9 +1,4 @@
-"""Augmentations: a batch of pictures to a batch of views, on the device, with random parameters for each image.
-
-Resampling, flipping and blurring are matrices: a view is `Y @ picture @ Xᵀ` with one small matrix per image and axis.
-That is exact (torchvision's antialiased operators, to rounding), needs no loop over images, and runs wherever a matrix
-product does. Letters: B images, S pixels along a view, n pixels along the picture.
-"""
+"""Augmentations: a batch of pictures to a batch of views, on the device, with random parameters for each image."""
 
 import math
 from dataclasses import dataclass
@@ -12,10 +7,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from patchsight_train.color import color_jitter, grayscale, jitter_factors, solarize
+from patchsight_train.encoder import chunks
 from patchsight_train.randomness import Randomness
+from patchsight_train.resample import cut, gaussian_blur
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+CACHED = 16  # pictures that a CPU works on at once, so that they stay in its cache
 
 
 @dataclass(frozen=True)
@@ -35,25 +34,65 @@ class View:
     solarize: float = 0.0
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """The random parameters of one view of each of B images."""
+
+    boxes: Tensor  # int64 (B, 4): top, left, height, width
+    flips: Tensor  # bool (B,), as are jittered, gray, blurred and solarized
+    jittered: Tensor
+    factors: list[Tensor]  # brightness, contrast, saturation, hue, float32 (B, 1, 1, 1) each
+    order: list[int]  # of these four
+    gray: Tensor
+    blurred: Tensor
+    sigma: Tensor  # pixels, float32 (B,)
+    solarized: Tensor
+
+    def __getitem__(self, rows: slice) -> "Drawn":
+        return Drawn(
+            self.boxes[rows], self.flips[rows], self.jittered[rows], [f[rows] for f in self.factors], self.order,
+            self.gray[rows], self.blurred[rows], self.sigma[rows], self.solarized[rows],
+        )  # fmt: skip
+
+
+def draw(B: int, height: int, width: int, view: View, random: Randomness) -> Drawn:
+    """Parameters for B pictures of `height` × `width` pixels."""
+    factors, order = jitter_factors(B, view.jitter or (0.0, 0.0, 0.0, 0.0), random)
+    low, high = view.blur_sigma
+    return Drawn(
+        boxes=random_boxes(B, height, width, view.scale, view.ratio, random),
+        flips=chance(B, view.flip, random),
+        jittered=chance(B, view.jitter_p if view.jitter else 0.0, random),
+        factors=factors,
+        order=order,
+        gray=chance(B, view.gray, random),
+        blurred=chance(B, view.blur, random),
+        sigma=low + (high - low) * random.rand(B),
+        solarized=chance(B, view.solarize, random),
+    )
+
+
 def augment(images: Tensor, view: View, random: Randomness) -> Tensor:
     """uint8 `(B, 3, n, n)` to one normalized float32 view of each, `(B, 3, S, S)`."""
     B, _, height, width = images.shape
-    boxes = random_boxes(B, height, width, view.scale, view.ratio, random)
-    flips = chance(B, view.flip, random)
-    x = resized_crop(images.float() / 255, boxes, view.size, view.filter, flips).clamp(0, 1)
+    drawn = draw(B, height, width, view, random)
+    pieces = chunks(B, CACHED if images.device.type == "cpu" else None)
+    return torch.cat([apply(images[rows], view, drawn[rows]) for rows in pieces])
+
+
+def apply(images: Tensor, view: View, drawn: Drawn) -> Tensor:
+    """The view that `drawn` describes: uint8 `(B, 3, n, n)` to normalized float32 `(B, 3, S, S)`."""
+    x = cut(images, drawn.boxes, view.size, view.filter, drawn.flips)
     if view.jitter is not None:
-        factors, order = jitter_factors(B, view.jitter, random)
-        chosen = chance(B, view.jitter_p, random).nonzero().squeeze(1)
-        x[chosen] = color_jitter(x[chosen], [f[chosen] for f in factors], order)
+        chosen = drawn.jittered.nonzero().squeeze(1)
+        x[chosen] = color_jitter(x[chosen], [f[chosen] for f in drawn.factors], drawn.order)
     if view.gray:
-        x = torch.where(chance(B, view.gray, random).view(B, 1, 1, 1), grayscale(x), x)
+        x = torch.where(drawn.gray.view(-1, 1, 1, 1), grayscale(x), x)
     if view.blur:
-        low, high = view.blur_sigma
-        sigma = low + (high - low) * random.rand(B)
-        chosen = chance(B, view.blur, random).nonzero().squeeze(1)
-        x[chosen] = gaussian_blur(x[chosen], sigma[chosen])
+        chosen = drawn.blurred.nonzero().squeeze(1)
+        x[chosen] = gaussian_blur(x[chosen], drawn.sigma[chosen])
     if view.solarize:
-        x = torch.where(chance(B, view.solarize, random).view(B, 1, 1, 1), solarize(x), x)
+        x = torch.where(drawn.solarized.view(-1, 1, 1, 1), solarize(x), x)
     return normalize(x)
 
 
@@ -101,114 +140,3 @@ def random_boxes(
     h = torch.where(none, round(min(height, width / whole)), h)
     top, left = (u[2][:, 0] * (height - h + 1)).floor(), (u[3][:, 0] * (width - w + 1)).floor()
     return torch.stack([top, left, h, w], dim=1).long()
-
-
-def resample_matrix(start: Tensor, length: Tensor, n: int, S: int, filter: str) -> Tensor:
-    """float32 `(B, S, n)`: row i holds the weights of the n input pixels in output pixel i.
-
-    Pillow's and torchvision's antialiased resampling of the interval [start, start + length): the filter widens when
-    shrinking, and never looks outside of the interval.
-    """
-    length = length.float().view(-1, 1, 1)
-    i = torch.arange(S, device=start.device).view(1, S, 1)
-    j = torch.arange(n, device=start.device).view(1, 1, n) - start.float().view(-1, 1, 1)
-    # (j + ½) − (i + ½) · length / S over the stretch max(length / S, 1), with whole numbers up to the one division.
-    distance = ((2 * j + 1) * S - (2 * i + 1) * length) / (2 * length.clamp(min=S))
-    weights = _triangle(distance) if filter == "bilinear" else _cubic(distance)
-    weights = weights * ((j >= 0) & (j < length))
-    return weights / weights.sum(dim=2, keepdim=True)
-
-
-def _triangle(x: Tensor) -> Tensor:
-    return (1 - x.abs()).clamp(min=0)
-
-
-def _cubic(x: Tensor, a: float = -0.5) -> Tensor:
-    """Keys' cubic convolution with a = −0.5, as in Pillow."""
-    x = x.abs()
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    far = (((x - 5) * x + 8) * x - 4) * a
-    return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
-
-
-def resized_crop(x: Tensor, boxes: Tensor, S: int, filter: str, flips: Tensor | None = None) -> Tensor:
-    """`(B, 3, height, width)` and a box for each to `(B, 3, S, S)`; where `flips` is true, mirrored left to right."""
-    top, left, h, w = boxes.unbind(1)
-    Y = resample_matrix(top, h, x.shape[2], S, filter)
-    X = resample_matrix(left, w, x.shape[3], S, filter)
-    if flips is not None:
-        X = torch.where(flips.view(-1, 1, 1), X.flip(1), X)
-    return Y.unsqueeze(1) @ x @ X.transpose(1, 2).unsqueeze(1)
-
-
-def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Blur each of `(B, 3, S, S)` by its own `sigma` `(B,)`, pixels; kernel of S / 10 as in SimCLR, edges reflected."""
-    S = x.shape[-1]
-    radius = max(S // 20, 1)
-    offsets = torch.arange(-radius, radius + 1, device=x.device)
-    kernel = torch.exp(-0.5 * (offsets / sigma.view(-1, 1)) ** 2)
-    kernel = kernel / kernel.sum(dim=1, keepdim=True)
-    source = torch.arange(S, device=x.device).view(S, 1) + offsets
-    source = (S - 1) - ((S - 1) - source.abs()).abs()  # reflect without repeating the edge
-    M = torch.zeros(len(x), S, S, device=x.device)
-    M.scatter_add_(2, source.expand(len(x), -1, -1), kernel.unsqueeze(1).expand(-1, S, -1))
-    return M.unsqueeze(1) @ x @ M.transpose(1, 2).unsqueeze(1)
-
-
-def jitter_factors(
-    B: int, strength: tuple[float, float, float, float], random: Randomness
-) -> tuple[list[Tensor], list[int]]:
-    """A factor per image for brightness, contrast, saturation and hue, `(B, 1, 1, 1)` each, and their order.
-
-    As torchvision: uniform in [1 − s, 1 + s], not below 0; for the hue in [−s, s]. The order of the four is drawn once
-    per batch (torchvision draws it per image: 24 groups would cost more than they change).
-    """
-    u = random.rand(B, 4).view(B, 4, 1, 1, 1).unbind(1)
-    factors = [(1 - s + 2 * s * u[i]).clamp(min=0) if i < 3 else s * (2 * u[i] - 1) for i, s in enumerate(strength)]
-    return factors, [i for i in random.permutation(4) if strength[i]]
-
-
-def color_jitter(x: Tensor, factors: list[Tensor], order: list[int]) -> Tensor:
-    """Brightness, contrast, saturation and hue by `factors`, in `order`."""
-    operators = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
-    for i in order:
-        x = operators[i](x, factors[i])
-    return x
-
-
-def grayscale(x: Tensor) -> Tensor:
-    """ITU-R 601-2 luma on all three channels."""
-    r, g, b = x.unbind(1)
-    return (0.2989 * r + 0.587 * g + 0.114 * b).unsqueeze(1).expand_as(x)
-
-
-def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
-    return (x * factor).clamp(0, 1)
-
-
-def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
-    mean = grayscale(x)[:, :1].mean(dim=(1, 2, 3), keepdim=True)
-    return (x * factor + mean * (1 - factor)).clamp(0, 1)
-
-
-def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
-    return (x * factor + grayscale(x) * (1 - factor)).clamp(0, 1)
-
-
-def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by `shift` `(B, 1, 1, 1)`, in turns: −0.5 to 0.5."""
-    value, peak = x.max(dim=1)
-    low = x.min(dim=1).values
-    chroma = value - low
-    r, g, b = x.unbind(1)
-    safe = torch.where(chroma == 0, 1.0, chroma)
-    sector = torch.stack([(g - b) / safe, (b - r) / safe + 2, (r - g) / safe + 4], dim=1)
-    hue = sector.gather(1, peak.unsqueeze(1)).squeeze(1) / 6
-    hue = hue + shift.squeeze(1)
-    # Each channel of a hue is a clipped triangle wave: f(n) = V − C · clamp(min(k, 4 − k), 0, 1), k = (n + 6h) mod 6.
-    k = (torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1) + 6 * hue.unsqueeze(1)) % 6
-    return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp(0, 1)
-
-
-def solarize(x: Tensor, threshold: float = 0.5) -> Tensor:
-    return torch.where(x >= threshold, 1 - x, x)

@@ -4,27 +4,25 @@ from dataclasses import replace
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
+from PIL import Image
 from torch import Generator, Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from patchsight_train.views import (
-    View,
+from patchsight_train.color import (
     adjust_brightness,
     adjust_contrast,
     adjust_hue,
     adjust_saturation,
-    augment,
     color_jitter,
-    eval_view,
-    gaussian_blur,
     grayscale,
-    normalize,
-    random_boxes,
-    resized_crop,
+    jitter_factors,
     solarize,
 )
+from patchsight_train.randomness import Randomness
+from patchsight_train.resample import cut, cut_one_by_one, gaussian_blur, resized_crop
+from patchsight_train.views import View, apply, augment, draw, eval_view, normalize, random_boxes
 
-CPU = torch.device("cpu")
 STILL = View(size=16, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)  # a view without any randomness
 
 
@@ -52,6 +50,35 @@ def test_resized_crop_is_that_of_torchvision(S: int, filter: str, flipped: bool)
         # In float64: torchvision's own coordinates in float32 are off by more than ours, up to 2e-5 at 224 pixels.
         theirs = TF.resized_crop(picture, *box, [S, S], interpolation=InterpolationMode(filter), antialias=True)
         same(ours.double(), TF.horizontal_flip(theirs) if flipped else theirs)
+
+
+@pytest.mark.parametrize("filter", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("S", [7, 16, 40])
+def test_pictures_cut_one_by_one_are_those_of_pillow(S: int, filter: str) -> None:
+    images = (noise(6, 32, 48) * 255).round().to(torch.uint8)
+    boxes = torch.tensor([[0, 0, 32, 48], [3, 5, 11, 17], [31, 47, 1, 1], [0, 40, 32, 8], [10, 0, 2, 48], [4, 4, 9, 9]])
+    flips = torch.tensor([True, False] * 3)
+    found = cut_one_by_one(images, boxes, S, filter, flips)
+    for picture, (top, left, h, w), flip, view in zip(images, boxes.tolist(), flips.tolist(), found, strict=True):
+        box = to_pil_image(picture).crop((left, top, left + w, top + h))
+        theirs = pil_to_tensor(box.resize((S, S), getattr(Image.Resampling, filter.upper())))
+        assert ((view.flip(-1) if flip else view) * 255 - theirs).abs().max() < 1.01  # levels of 255
+    exact = resized_crop(images.float() / 255, boxes, S, filter, flips).clamp(0, 1)
+    assert (found - exact).abs().mean() < 1 / 255  # rounded and cut to 0..1 between the axes, as Pillow does
+    assert torch.equal(cut(images, boxes, S, filter, flips), found)
+
+
+def test_a_batch_is_augmented_as_its_parts(random_pixels: Tensor) -> None:
+    random = Randomness(Generator().manual_seed(1))
+    images = random_pixels.repeat(2, 1, 1, 1)  # more than a CPU takes at once
+    drawn = draw(len(images), 16, 16, FULL, random)
+    whole = apply(images, FULL, drawn)
+    parts = torch.cat([apply(images[i : i + 1], FULL, drawn[i : i + 1]) for i in range(len(images))])
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
+    assert torch.equal(
+        augment(images, FULL, Randomness(Generator().manual_seed(1))),
+        torch.cat([apply(images[rows], FULL, drawn[rows]) for rows in (slice(0, 16), slice(16, 32), slice(32, 40))]),
+    )
 
 
 def test_each_image_is_flipped_by_its_own_coin() -> None:
@@ -126,7 +153,7 @@ def test_normalize_is_that_of_torchvision(pictures: Tensor) -> None:
 def test_boxes_are_distributed_as_those_of_torchvision(
     height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], generator: Generator
 ) -> None:
-    ours = random_boxes(20_000, height, width, scale, ratio, generator, CPU).double()
+    ours = random_boxes(20_000, height, width, scale, ratio, Randomness(generator)).double()
     picture = torch.empty(3, height, width)
     torch.manual_seed(0)
     theirs = torch.tensor(
@@ -149,7 +176,7 @@ def test_boxes_are_distributed_as_those_of_torchvision(
 
 def test_boxes_lie_inside_and_keep_the_limits(generator: Generator) -> None:
     height, width = 48, 36
-    top, left, h, w = random_boxes(20_000, height, width, (0.3, 0.6), (0.8, 1.25), generator, CPU).unbind(1)
+    top, left, h, w = random_boxes(20_000, height, width, (0.3, 0.6), (0.8, 1.25), Randomness(generator)).unbind(1)
     assert (top >= 0).all()
     assert (left >= 0).all()
     assert (top + h <= height).all()
@@ -171,14 +198,14 @@ def test_boxes_lie_inside_and_keep_the_limits(generator: Generator) -> None:
 def test_where_no_try_fits_the_picture_is_cut_to_the_nearest_aspect(
     height: int, width: int, ratio: tuple[float, float], fallback: tuple[int, int], generator: Generator
 ) -> None:
-    boxes = random_boxes(50, height, width, (1.0, 1.0), ratio, generator, CPU)
+    boxes = random_boxes(50, height, width, (1.0, 1.0), ratio, Randomness(generator))
     assert boxes[:, 2:].unique(dim=0).tolist() == [list(fallback)]
     assert (boxes[:, 0] + boxes[:, 2] <= height).all()
     assert (boxes[:, 1] + boxes[:, 3] <= width).all()
 
 
 def test_a_view_without_randomness_is_the_eval_view(random_pixels: Tensor, generator: Generator) -> None:
-    same(augment(random_pixels, STILL, generator), eval_view(random_pixels))
+    same(augment(random_pixels, STILL, Randomness(generator)), eval_view(random_pixels))
 
 
 @pytest.mark.parametrize(
@@ -195,7 +222,7 @@ def test_a_view_without_randomness_is_the_eval_view(random_pixels: Tensor, gener
 def test_each_augmentation_meets_its_share_of_the_images(view: View, p: float, generator: Generator) -> None:
     n = 3_000
     images = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8, generator=generator).expand(n, -1, -1, -1)
-    changed = ((augment(images, view, generator) - eval_view(images)).abs() > 1e-3).flatten(1).any(dim=1)
+    changed = ((augment(images, view, Randomness(generator)) - eval_view(images)).abs() > 1e-3).flatten(1).any(dim=1)
     assert abs(changed.double().mean().item() - p) < 4 * math.sqrt(p * (1 - p) / n)
 
 
@@ -203,23 +230,28 @@ FULL = View(16, (0.08, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=1.0, gray=0.2
 
 
 def test_equal_pictures_get_different_views(random_pixels: Tensor, generator: Generator) -> None:
-    views = augment(random_pixels[:1].expand(16, -1, -1, -1), FULL, generator).flatten(1)
+    views = augment(random_pixels[:1].expand(16, -1, -1, -1), FULL, Randomness(generator)).flatten(1)
     distance = torch.cdist(views, views) + torch.eye(16) * 1e9
     assert distance.min() > 0.1
+
+
+def jittered(x: Tensor, strength: tuple[float, float, float, float], generator: Generator) -> Tensor:
+    """With factors drawn for each of `x`."""
+    return color_jitter(x, *jitter_factors(len(x), strength, Randomness(generator)))
 
 
 @pytest.mark.parametrize("i", range(4), ids=["brightness", "contrast", "saturation", "hue"])
 def test_color_factors_are_drawn_for_each_image(i: int, pictures: Tensor, generator: Generator) -> None:
     strength = [0.0] * 4
     strength[i] = 0.3
-    found = color_jitter(
+    found = jittered(
         pictures[1:2].expand(32, -1, -1, -1), (strength[0], strength[1], strength[2], strength[3]), generator
     )
     assert found.flatten(1).unique(dim=0).shape[0] == 32
 
 
 def test_brightness_factors_are_uniform_within_their_strength(generator: Generator) -> None:
-    factor = color_jitter(torch.full((4_000, 3, 1, 1), 0.5), (0.4, 0.0, 0.0, 0.0), generator)[:, 0, 0, 0] / 0.5
+    factor = jittered(torch.full((4_000, 3, 1, 1), 0.5), (0.4, 0.0, 0.0, 0.0), generator)[:, 0, 0, 0] / 0.5
     assert 0.6 <= factor.min() < 0.61
     assert 1.39 < factor.max() <= 1.4
     assert abs(factor.mean() - 1) < 4 * 0.8 / math.sqrt(12 * 4_000)
@@ -228,7 +260,7 @@ def test_brightness_factors_are_uniform_within_their_strength(generator: Generat
 
 def test_hue_shifts_are_uniform_within_their_strength(generator: Generator) -> None:
     red = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1).expand(4_000, -1, -1, -1)
-    r, g, b = color_jitter(red, (0.0, 0.0, 0.0, 0.1), generator).flatten(1).unbind(1)
+    r, g, b = jittered(red, (0.0, 0.0, 0.0, 0.1), generator).flatten(1).unbind(1)
     same(r, torch.ones(4_000))
     shift = (g - b) / 6  # within a sixth of a turn green rises with a positive shift, blue with a negative
     assert -0.1 <= shift.min() < -0.098
@@ -239,23 +271,22 @@ def test_hue_shifts_are_uniform_within_their_strength(generator: Generator) -> N
 def test_the_order_of_the_color_operators_varies() -> None:
     x = torch.tensor([0.9, 0.2, 0.4]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
     seen = {
-        tuple(color_jitter(x, (0.0, 0.9, 0.9, 0.0), Generator().manual_seed(seed)).flatten().tolist())
-        for seed in range(3)
+        tuple(jittered(x, (0.0, 0.9, 0.9, 0.0), Generator().manual_seed(seed)).flatten().tolist()) for seed in range(3)
     }
     assert len(seen) == 3
 
 
 def test_views_are_reproducible_by_the_generator(random_pixels: Tensor) -> None:
-    first = augment(random_pixels, FULL, Generator().manual_seed(1))
+    first = augment(random_pixels, FULL, Randomness(Generator().manual_seed(1)))
     torch.manual_seed(99)  # the global generator plays no part
-    assert torch.equal(first, augment(random_pixels, FULL, Generator().manual_seed(1)))
-    assert not torch.equal(first, augment(random_pixels, FULL, Generator().manual_seed(2)))
+    assert torch.equal(first, augment(random_pixels, FULL, Randomness(Generator().manual_seed(1))))
+    assert not torch.equal(first, augment(random_pixels, FULL, Randomness(Generator().manual_seed(2))))
 
 
 def test_views_stay_in_range_and_finite(pictures: Tensor) -> None:
     images = (pictures * 255).round().to(torch.uint8).repeat(20, 1, 1, 1)
     strong = replace(FULL, jitter=(0.8, 0.8, 0.8, 0.2))
-    x = augment(images, strong, Generator().manual_seed(4))
+    x = augment(images, strong, Randomness(Generator().manual_seed(4)))
     assert x.shape == (120, 3, 16, 16)
     assert x.isfinite().all()
     low, high = normalize(torch.zeros(1, 3, 1, 1)), normalize(torch.ones(1, 3, 1, 1))
@@ -265,4 +296,4 @@ def test_views_stay_in_range_and_finite(pictures: Tensor) -> None:
 
 def test_pictures_need_not_have_the_size_of_the_view(generator: Generator) -> None:
     images = torch.randint(0, 256, (3, 3, 30, 50), dtype=torch.uint8, generator=generator)
-    assert augment(images, FULL, generator).shape == (3, 3, 16, 16)
+    assert augment(images, FULL, Randomness(generator)).shape == (3, 3, 16, 16)

@@ -1,0 +1,56 @@
+"""A frozen copy of the student in place of the moving average: what is left of DINO? (arXiv:2104.14294, section 5.2.)
+
+A frozen teacher never gets better than the weights it was copied from: its targets are those of a random network. The
+moving average of the student is ahead of the student all along, and hands its gain back as better targets.
+"""
+
+from lesson import cifar10, knn, mean, quality, save, trained
+from matplotlib.figure import Figure
+
+from patchsight_train.dino import DINO
+from patchsight_train.probe import embed
+
+SEEDS = (0, 1)
+# In the second arm the student is judged: its teacher stays as it was.
+ARMS = {"moving average": {"teacher_momentum": 0.99}, "frozen copy": {"teacher_momentum": 1.0}}
+COMMON = {
+    "stem": "conv", "prototypes": 256, "head_hidden": 256, "local_crops": 2, "epochs": 6, "lr": 1e-3,
+    "freeze_last_layer_epochs": 0,
+}  # fmt: skip
+
+
+def main() -> None:
+    split = cifar10(4096)
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    for arm, changes in ARMS.items():
+        results[arm] = {}
+        for seed in SEEDS:
+            objective, log = trained(split.train, "dino", seed=seed, **COMMON, **changes)
+            assert isinstance(objective, DINO)
+            teacher = quality(objective, split)
+            gallery, queries = (
+                embed(objective.student, images.pixels, objective.pooling, images.pixels.device)
+                for images in (split.train, split.test)
+            )
+            results[arm][f"seed {seed}"] = {
+                "teacher knn": teacher["knn"],
+                "teacher linear": teacher["linear"],
+                "student knn": knn(gallery, queries, split),
+                "loss at the end": mean(line["loss"] for line in log[-20:]),
+            }
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for i, (arm, runs) in enumerate(results.items()):
+        for j, name in enumerate(("student knn", "teacher knn")):
+            found = [run[name] for run in runs.values()]
+            x = i + 0.35 * j
+            axes.bar(x, mean(found), width=0.33, color=("tab:blue", "tab:gray")[j], label=name.split()[0] if not i else None)
+            axes.plot([x] * len(found), found, "k.", markersize=5)
+    axes.set_xticks([i + 0.175 for i in range(len(results))], list(results))
+    axes.set(ylabel="20-NN", ylim=(0.2, None))
+    axes.legend(frameon=False)
+    save("ema_teacher", figure, {"images": 4096, "epochs": COMMON["epochs"], "arms": results})
+
+
+if __name__ == "__main__":
+    main()
