@@ -1,18 +1,21 @@
 from collections.abc import Callable
-from typing import cast
 
 import pytest
 import torch
+from lightly.models import utils as lightly
 from torch import Generator, Tensor
 
 from patchsight_train.architecture import ViTConfig
 from patchsight_train.data import Images
-from patchsight_train.loop import Trainer
-from patchsight_train.mae import MAE, masked_pixel_loss, patchify, random_masking, take
-from patchsight_train.settings import MAESettings
+from patchsight_train.mae import MAE, masked_pixel_loss, patchify, random_masking, take, unpatchify
+from patchsight_train.objective import Objective
+from patchsight_train.objective_settings import MAESettings
+from patchsight_train.views import denormalize
 from patchsight_train.vit import ViT, sincos_positions
 
-CPU = torch.device("cpu")
+
+def masking(N: int, L: int, ratio: float, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    return random_masking(torch.rand(N, L, generator=generator), ratio)
 
 
 @pytest.fixture
@@ -30,7 +33,7 @@ def mae(settings: Callable[..., MAESettings], generator: Generator) -> MAE:
 @pytest.mark.parametrize("L", [16, 49, 64, 196])
 @pytest.mark.parametrize("ratio", [0.75, 0.5, 0.6])
 def test_exactly_the_asked_share_is_kept(L: int, ratio: float, generator: Generator) -> None:
-    keep, restore, mask = random_masking(32, L, ratio, generator, CPU)
+    keep, restore, mask = masking(32, L, ratio, generator)
     V = round(L * (1 - ratio))
     assert keep.shape == (32, V)
     assert (mask.sum(dim=1) == L - V).all()
@@ -42,26 +45,26 @@ def test_exactly_the_asked_share_is_kept(L: int, ratio: float, generator: Genera
 
 @pytest.mark.parametrize(("ratio", "V"), [(0.001, 15), (0.999, 1)])
 def test_one_patch_at_least_is_visible_and_one_is_hidden(ratio: float, V: int, generator: Generator) -> None:
-    keep, _, mask = random_masking(3, 16, ratio, generator, CPU)
+    keep, _, mask = masking(3, 16, ratio, generator)
     assert keep.shape == (3, V)
     assert (mask.sum(dim=1) == 16 - V).all()
 
 
 def test_every_patch_is_hidden_equally_often(generator: Generator) -> None:
-    _, _, mask = random_masking(8_000, 16, 0.75, generator, CPU)
+    _, _, mask = masking(8_000, 16, 0.75, generator)
     error = (0.75 * 0.25 / 8_000) ** 0.5
     assert ((mask.mean(dim=0) - 0.75).abs() < 4 * error).all()
 
 
 def test_masks_follow_the_generator() -> None:
-    first, again, other = (random_masking(4, 64, 0.75, Generator().manual_seed(s), CPU)[0] for s in (1, 1, 2))
+    first, again, other = (masking(4, 64, 0.75, Generator().manual_seed(s))[0] for s in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_unshuffling_is_exact(generator: Generator) -> None:
     x = torch.randn(5, 49, 8, generator=generator)
-    keep, restore, mask = random_masking(5, 49, 0.75, generator, CPU)
+    keep, restore, mask = masking(5, 49, 0.75, generator)
     visible = take(x, keep)
     hidden = torch.full((5, 49 - keep.shape[1], 8), torch.nan)
     whole = take(torch.cat([visible, hidden], dim=1), restore)
@@ -93,7 +96,7 @@ def test_patchify_against_a_loop(p: int, height: int, width: int, generator: Gen
 def test_loss_against_a_loop_over_hidden_patches(normalize_pixels: bool, generator: Generator) -> None:
     pred, target = torch.randn(3, 16, 12, generator=generator), 3 + 2 * torch.randn(3, 16, 12, generator=generator)
     target[0, 3] = 0.5  # a patch of one color: no variance to divide by
-    _, _, mask = random_masking(3, 16, 0.75, generator, CPU)
+    _, _, mask = masking(3, 16, 0.75, generator)
     mask[0, 3] = 1
     errors = []
     for n in range(3):
@@ -112,7 +115,7 @@ def test_loss_against_a_loop_over_hidden_patches(normalize_pixels: bool, generat
 
 def test_visible_predictions_cost_nothing(generator: Generator) -> None:
     pred, target = torch.randn(2, 3, 16, 12, generator=generator)
-    _, _, mask = random_masking(3, 16, 0.75, generator, CPU)
+    _, _, mask = masking(3, 16, 0.75, generator)
     pred.requires_grad_()
     loss = masked_pixel_loss(pred, target, mask, True)
     loss.backward()  # type: ignore[no-untyped-call]
@@ -125,7 +128,7 @@ def test_visible_predictions_cost_nothing(generator: Generator) -> None:
 
 def test_loss_of_half_precision_predictions_is_float32(generator: Generator) -> None:
     pred, target = torch.randn(2, 3, 16, 12, generator=generator)
-    _, _, mask = random_masking(3, 16, 0.75, generator, CPU)
+    _, _, mask = masking(3, 16, 0.75, generator)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = masked_pixel_loss(pred.bfloat16(), target, mask, True)
     assert loss.dtype == torch.float32
@@ -134,7 +137,7 @@ def test_loss_of_half_precision_predictions_is_float32(generator: Generator) -> 
 
 def test_the_encoder_never_sees_hidden_patches(mae: MAE, generator: Generator) -> None:
     x = torch.randn(4, 3, 16, 16, generator=generator)
-    keep, _, mask = random_masking(4, 16, 0.75, generator, CPU)
+    keep, _, mask = masking(4, 16, 0.75, generator)
     hidden = mask.view(4, 1, 4, 4).repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
     latent = mae.encode(x, keep)
     assert latent.shape == (4, 2 + 4, 16)
@@ -154,7 +157,7 @@ def test_encoding_all_patches_is_the_encoder(mae: MAE, generator: Generator) -> 
 
 def test_the_decoder_sees_each_visible_token_in_its_place(mae: MAE, generator: Generator) -> None:
     """Against the forward pass written out for one image, patch by patch."""
-    keep, restore, mask = random_masking(3, 16, 0.75, generator, CPU)
+    keep, restore, mask = masking(3, 16, 0.75, generator)
     latent = torch.randn(3, 2 + 4, 16, generator=generator)
     positions = sincos_positions(16, 4)
     for n in range(3):
@@ -184,27 +187,94 @@ def test_encoders_it_cannot_use_are_refused(
         MAE(ViT(ViTConfig(16, 4, 16, 1, 2, **change)), settings("mae"))  # type: ignore[arg-type]
 
 
-def test_the_loss_is_that_of_its_steps(mae: MAE, random_pixels: Tensor) -> None:
-    (x,) = mae.views(random_pixels, Generator().manual_seed(1))
-    loss, _ = mae.loss([x], Generator().manual_seed(2))
-    keep, restore, mask = random_masking(20, 16, 0.75, Generator().manual_seed(2), CPU)
+def test_the_loss_is_that_of_its_steps(mae: MAE, views: Callable[..., list[Tensor]]) -> None:
+    x, noise = seen = views(mae)
+    assert noise.shape == (20, 16)
+    loss, _ = mae.loss(seen)
+    keep, restore, mask = random_masking(noise, 0.75)
     pred = mae.decode(mae.encode(x, keep), restore)
     assert torch.equal(loss, masked_pixel_loss(pred, patchify(x, 4), mask, True))
 
 
-def test_learns_from_real_photos(
-    trainer: Callable[..., Trainer], photos: Images, advance: Callable[[Trainer, int], list[dict[str, float]]]
+@pytest.mark.parametrize("normalize_pixels", [True, False])
+def test_the_loss_is_that_of_lightlys_parts(
+    normalize_pixels: bool, mae: MAE, views: Callable[..., list[Tensor]]
 ) -> None:
-    learner = trainer(
-        "mae", photos.pixels, width=48, depth=2, decoder_width=32, epochs=10, batch_size=100, lr=3e-3
-    )  # fmt: skip
+    """As lightly's own MAE example goes: patches, those at the hidden places, normalized, mean squared error."""
+    mae.normalize_pixels = normalize_pixels
+    x, noise = seen = views(mae)
+    keep, restore, mask = random_masking(noise, 0.75)
+    hidden = mask.bool().nonzero()[:, 1].view(20, 12)
+    target = lightly.get_at_index(lightly.patchify(x, 4), hidden)
+    if normalize_pixels:
+        target = lightly.normalize_mean_var(target)
+    pred = lightly.get_at_index(mae.decode(mae.encode(x, keep), restore), hidden)
+    expected = torch.nn.MSELoss()(pred, target)
+    torch.testing.assert_close(mae.loss(seen)[0], expected, atol=1e-5, rtol=1e-5)
 
-    @torch.no_grad()
-    def judge() -> float:
-        generator = Generator().manual_seed(9)  # the same views and masks before and after
-        objective = cast(MAE, learner.objective)
-        return objective.loss(objective.views(photos.pixels, generator), generator)[0].item()
 
-    before = judge()
-    advance(learner, 20)
-    assert judge() < 0.98 < 1.2 < before  # 1 is what the patch's mean alone gives
+@pytest.mark.parametrize("p", [2, 4, 8])
+def test_patches_are_those_of_lightly_and_go_back(p: int, generator: Generator) -> None:
+    x = torch.randn(3, 3, 16, 16, generator=generator)
+    assert torch.equal(patchify(x, p), lightly.patchify(x, p))
+    assert torch.equal(unpatchify(patchify(x, p), p), x)
+    assert torch.equal(lightly.unpatchify(patchify(x, p), p), x)
+
+
+def test_tokens_are_taken_as_in_lightly(generator: Generator) -> None:
+    x = torch.randn(3, 16, 8, generator=generator)
+    keep, _, _ = masking(3, 16, 0.75, generator)
+    assert torch.equal(take(x, keep), lightly.get_at_index(x, keep))
+
+
+@pytest.mark.parametrize(("width", "grid"), [(16, 4), (64, 7)])
+def test_positions_are_those_of_lightly(width: int, grid: int) -> None:
+    expected = torch.from_numpy(lightly.get_2d_sine_cosine_positional_embedding(width, grid, cls_token=False)).float()
+    torch.testing.assert_close(sincos_positions(width, grid), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("normalize_pixels", [True, False])
+def test_reconstructions_keep_what_is_visible(
+    normalize_pixels: bool, mae: MAE, views: Callable[..., list[Tensor]]
+) -> None:
+    mae.normalize_pixels = normalize_pixels
+    x, noise = seen = views(mae)
+    picture, masked, original = mae.reconstruct(seen), mae.masked(seen), denormalize(x)
+    hidden = random_masking(noise, 0.75)[2].view(20, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3) == 1
+    for found in (picture, masked):
+        assert found.shape == x.shape
+        assert found.min() >= 0
+        assert found.max() <= 1
+        torch.testing.assert_close(torch.where(hidden, 0, found), torch.where(hidden, 0, original), atol=1e-6, rtol=0)
+    assert (masked[hidden.expand_as(masked)] == 0.5).all()
+    assert (picture - original).abs()[hidden.expand_as(picture)].mean() > 0.01
+    assert not picture.requires_grad
+
+
+@pytest.mark.parametrize("normalize_pixels", [True, False])
+def test_a_perfect_prediction_is_the_picture(
+    normalize_pixels: bool, mae: MAE, views: Callable[..., list[Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What costs nothing must look like the original: the loss and the pictures mean the same targets."""
+    mae.normalize_pixels = normalize_pixels
+    x, _ = seen = views(mae)
+    target = patchify(x, 4)
+    if normalize_pixels:
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    monkeypatch.setattr(mae, "decode", lambda *_: target)
+    assert mae.loss(seen)[0] < 1e-9
+    torch.testing.assert_close(mae.reconstruct(seen), denormalize(x), atol=1e-5, rtol=0)
+
+
+def test_learns_from_real_photos(
+    learn: Callable[..., tuple[Objective, list[dict[str, float]]]], photos: Images,
+    views: Callable[..., list[Tensor]],
+) -> None:  # fmt: skip
+    def judge(steps: int) -> float:
+        mae, _ = learn(
+            "mae", photos.pixels, steps, width=48, depth=2, decoder_width=32, epochs=10, batch_size=100, lr=3e-3
+        )
+        with torch.no_grad():
+            return mae.loss(views(mae, 9, photos.pixels))[0].item()
+
+    assert judge(20) < 0.98 < 1.2 < judge(0)  # 1 is what the patch's mean alone gives

@@ -3,11 +3,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Generator, Tensor
+from lightly.loss import NTXentLoss
+from torch import Generator, Tensor, nn
 
 from patchsight_train.data import Images
-from patchsight_train.loop import Trainer
-from patchsight_train.simclr import nt_xent
+from patchsight_train.objective import Objective, When
+from patchsight_train.simclr import SimCLR, nt_xent, projection_head
 
 
 def algorithm_1(z: Tensor, temperature: float) -> Tensor:
@@ -37,6 +38,18 @@ def test_loss_and_gradient_are_those_of_algorithm_1(B: int, Z: int, temperature:
     expected.backward()
     torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours.grad, slow.grad.float(), atol=1e-5, rtol=1e-4)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("B", [2, 9, 64])
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+def test_loss_and_gradient_are_those_of_lightly(B: int, temperature: float, generator: Generator) -> None:
+    z = torch.randn(2 * B, 16, generator=generator)
+    ours, theirs = z.clone().requires_grad_(), z.clone().requires_grad_()
+    loss, expected = nt_xent(ours, temperature)[0], NTXentLoss(temperature)(*theirs.chunk(2))
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("B", [2, 8, 100])
@@ -75,32 +88,66 @@ def test_half_precision_is_computed_in_float32(generator: Generator) -> None:
 
 
 def test_both_views_of_a_picture_are_a_pair(
-    trainer: Callable[..., Trainer], random_pixels: Tensor, generator: Generator
+    objective: Callable[..., Objective], random_pixels: Tensor, views: Callable[..., list[Tensor]]
 ) -> None:
-    objective = trainer("simclr", random_pixels).objective
-    first, second = objective.views(random_pixels, generator)
+    simclr = objective("simclr")
+    first, second = views(simclr)
     assert first.shape == second.shape == random_pixels.shape
     assert (first - second).abs().flatten(1).amax(dim=1).min() > 0.1
-    assert objective.loss([first, first], generator)[0] < objective.loss([first, second.flip(0)], generator)[0]
+    assert simclr.loss([first, first])[0] < simclr.loss([first, second.flip(0)])[0]
+
+
+def test_the_head_of_each_depth() -> None:
+    """Linear maps without bias, batch norm after each (the last without scale and shift), ReLU between."""
+    assert [type(layer) for layer in projection_head(8, 16, 4, 2)] == [
+        nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear, nn.BatchNorm1d,
+    ]  # fmt: skip
+    three = projection_head(8, 16, 4, 3)
+    assert [layer.weight.shape for layer in three if isinstance(layer, nn.Linear)] == [(16, 8), (16, 16), (4, 16)]
+    z = three(torch.randn(64, 8))
+    torch.testing.assert_close(z.mean(dim=0), torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(z.var(dim=0, correction=0), torch.ones(4), atol=1e-2, rtol=0)
+
+
+def test_a_step_is_algorithm_1(objective: Callable[..., Objective], views: Callable[..., list[Tensor]]) -> None:
+    """From the views through encoder and head to the loss, and what the parts give of it."""
+    simclr = objective("simclr", temperature=0.5)
+    assert isinstance(simclr, SimCLR)
+    seen = views(simclr)
+    h = simclr.encoder(torch.cat(seen))[:, 0]
+    expected = algorithm_1(simclr.head(h), 0.5)
+    ((loss, metrics),) = simclr.parts(seen, When(0.0, 0.0))
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    assert metrics.keys() == {"loss", "contrastive_accuracy"}
+
+
+def test_gradient_caching_keeps_the_graph_of_one_micro_batch(
+    objective: Callable[..., Objective], views: Callable[..., list[Tensor]], backward: Callable[..., dict[str, Tensor]]
+) -> None:
+    simclr = objective("simclr")
+    simclr.micro_batch = 8
+    seen: list[tuple[int, bool]] = []
+    simclr.get_submodule("encoder").register_forward_hook(
+        lambda _, inputs, tokens: seen.append((len(inputs[0]), tokens.requires_grad))
+    )
+    backward(simclr, views(simclr))
+    assert seen == [(8, False)] * 5 + [(8, True)] * 5
 
 
 def test_learns_from_real_photos(
-    trainer: Callable[..., Trainer], photos: Images, advance: Callable[[Trainer, int], list[dict[str, float]]]
-) -> None:
-    learner = trainer(
-        "simclr", photos.pixels, patch_size=8, width=48, depth=2, epochs=15, batch_size=100, lr=2e-3,
-        projection_hidden=256, projection_width=64, crop_scale=(0.3, 1.0), color_strength=0.3,
-    )  # fmt: skip
-
-    @torch.no_grad()
-    def judge() -> tuple[float, float]:
-        generator = Generator().manual_seed(9)  # the same views before and after
-        loss, extra = learner.objective.loss(learner.objective.views(photos.pixels, generator), generator)
+    learn: Callable[..., tuple[Objective, list[dict[str, float]]]], photos: Images,
+    views: Callable[..., list[Tensor]],
+) -> None:  # fmt: skip
+    def judge(steps: int) -> tuple[float, float]:
+        simclr, _ = learn(
+            "simclr", photos.pixels, steps, patch_size=8, width=48, depth=2, epochs=15, batch_size=100, lr=2e-3,
+            projection_hidden=256, projection_width=64, crop_scale=(0.3, 1.0), color_strength=0.3,
+        )  # fmt: skip
+        with torch.no_grad():
+            loss, extra = simclr.loss(views(simclr, 9, photos.pixels))
         return loss.item(), extra["contrastive_accuracy"].item()
 
-    loss, accuracy = judge()
-    advance(learner, 30)
-    trained_loss, trained_accuracy = judge()
+    (loss, accuracy), (trained_loss, trained_accuracy) = judge(0), judge(30)
     assert trained_loss < loss - 0.5
     assert trained_accuracy > accuracy + 0.03
     assert trained_accuracy > 20 / 399  # twenty times chance

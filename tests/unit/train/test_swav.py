@@ -17,6 +17,7 @@ from patchsight_train.swav import SwAV, sinkhorn
 
 Learn = Callable[..., tuple[Objective, list[dict[str, float]]]]
 Backward = Callable[..., dict[str, Tensor]]
+Views = Callable[..., list[Tensor]]
 
 
 def cosines(B: int, K: int, generator: Generator) -> Tensor:
@@ -100,9 +101,7 @@ def swav(objective: Callable[..., Objective]) -> SwAV:
     return cast(SwAV, objective("swav", local_crops=3))
 
 
-def test_loss_and_gradient_are_those_of_lightly(
-    swav: SwAV, views: Callable[..., list[Tensor]], backward: Backward
-) -> None:
+def test_loss_and_gradient_are_those_of_lightly(swav: SwAV, views: Views, backward: Backward) -> None:
     seen = views(swav)
     scores = [swav.scores(x) for x in seen]
     expected = swav_loss.SwaVLoss()(scores[:2], scores[2:]).squeeze()
@@ -116,9 +115,7 @@ def test_loss_and_gradient_are_those_of_lightly(
         torch.testing.assert_close(p.grad, theirs[name], atol=1e-6, rtol=1e-4)
 
 
-def test_a_step_is_that_of_the_papers_pseudocode(
-    swav: SwAV, views: Callable[..., list[Tensor]], backward: Backward
-) -> None:
+def test_a_step_is_that_of_the_papers_pseudocode(swav: SwAV, views: Views, backward: Backward) -> None:
     """App. A: two views, codes by plain Sinkhorn, swapped prediction, SGD, prototypes back on the sphere."""
     x_t, x_s = seen = views(swav)[:2]
     C = swav.prototypes.detach().clone().requires_grad_()
@@ -170,7 +167,7 @@ def test_prototypes_are_frozen_at_first(epochs: int, learn: Learn, random_pixels
     assert not torch.equal(free.head[0].weight, start.head[0].weight)
 
 
-def test_no_gradient_flows_through_the_codes(swav: SwAV, views: Callable[..., list[Tensor]]) -> None:
+def test_no_gradient_flows_through_the_codes(swav: SwAV, views: Views) -> None:
     """With local crops alone to predict from, the global views would get theirs through the codes."""
     seen = views(swav)
     seen[0].requires_grad_()
@@ -181,7 +178,7 @@ def test_no_gradient_flows_through_the_codes(swav: SwAV, views: Callable[..., li
         torch.testing.assert_close(q.sum(dim=1), torch.ones(20), atol=1e-5, rtol=0)
 
 
-def test_scores_are_cosines_in_float32(swav: SwAV, views: Callable[..., list[Tensor]]) -> None:
+def test_scores_are_cosines_in_float32(swav: SwAV, views: Views) -> None:
     x = views(swav)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         scores = swav.scores(x)
@@ -191,7 +188,7 @@ def test_scores_are_cosines_in_float32(swav: SwAV, views: Callable[..., list[Ten
 
 
 def test_one_forward_for_codes_and_prediction_unless_micro_batches_ask_for_two(
-    swav: SwAV, views: Callable[..., list[Tensor]], backward: Backward
+    swav: SwAV, views: Views, backward: Backward
 ) -> None:
     seen = views(swav)
     pictures: list[int] = []
@@ -203,9 +200,7 @@ def test_one_forward_for_codes_and_prediction_unless_micro_batches_ask_for_two(
         assert sum(pictures) == seen_in_all
 
 
-def test_when_all_is_one_point_the_loss_is_the_logarithm_of_k(
-    swav: SwAV, views: Callable[..., list[Tensor]], backward: Backward
-) -> None:
+def test_when_all_is_one_point_the_loss_is_the_logarithm_of_k(swav: SwAV, views: Views, backward: Backward) -> None:
     """The sign of collapse: every picture scores alike, so the codes are flat and so is the best prediction."""
     with torch.no_grad():
         last = swav.head[-1]
@@ -233,7 +228,7 @@ def test_equal_shares_keep_real_photos_apart(
     equal_shares: bool,
     learn: Learn,
     photos: Images,
-    views: Callable[..., list[Tensor]],
+    views: Views,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A prediction that is the same for all pictures costs ln K at least, as codes have equal shares: so less than that
