@@ -46,16 +46,16 @@ def export(settings: ExportSettings) -> None:
     check_free(settings.bundle)
 
     from patchsight_export.source import read_run  # torch: after what can fail without it
-    from patchsight_export.to_onnx import Served, to_onnx, with_metadata
+    from patchsight_export.to_onnx import served, to_onnx, with_metadata
     from patchsight_export.verify import noise, photos, verify
 
     source = read_run(settings.source, settings.step)
     draft = source.manifest(settings.bundle.name, sha256="0" * 64)
     print(f"{draft.objective}, {draft.architecture}: {draft.parameters / 1e6:.2f} M parameters, step {source.step:,}")
-    served = Served(source.encoder)
-    model = with_metadata(to_onnx(served, draft.transform.crop, opset=settings.opset), draft.metadata())
-    pictures = {"noise": noise(draft.transform.crop), "photos": photos(draft.transform)}
-    print("\n".join(verdict(verify(model, served, draft.outputs, pictures), list(draft.outputs))))
+    module, size = served(source.encoder), draft.transform.crop
+    model = with_metadata(to_onnx(module, size, tuple(draft.outputs), settings.opset), draft.metadata())
+    pictures = {"noise": noise(size), "photos": photos(draft.transform)}
+    print("\n".join(verdict(verify(model, module, draft.outputs, pictures), list(draft.outputs))))
     manifest = source.manifest(settings.bundle.name, hashlib.sha256(model).hexdigest())
     publish(settings.bundle, manifest, model)
     print(

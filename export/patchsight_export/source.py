@@ -9,30 +9,29 @@ from torch import Tensor
 
 from patchsight_serve.errors import InvalidRequest
 from patchsight_serve.manifest import Manifest
-from patchsight_train import checkpoint
-from patchsight_train.architecture import CHOICES, ViTConfig
+from patchsight_train import build, checkpoint
+from patchsight_train.architecture import EncoderConfig, ResNetConfig, architecture
 from patchsight_train.data import eval_transform
-from patchsight_train.dino import DINO
+from patchsight_train.encoder import Encoder, default_pooling
 from patchsight_train.mae import MAE
 from patchsight_train.objective import Objective
+from patchsight_train.objective_settings import SETTINGS
 from patchsight_train.run import read_config
-from patchsight_train.simclr import SimCLR
-from patchsight_train.vit import ViT
 
-OBJECTIVES: dict[str, type[Objective]] = {"mae": MAE, "simclr": SimCLR, "dino": DINO}
-# In config.toml, but not part of the recipe: fields of their own in the manifest, and what does not change the numbers
-# (of which the data's paths are nobody's business).
+OBJECTIVES: dict[str, type[Objective]] = dict(zip(SETTINGS, build.OBJECTIVES, strict=True))
+# In config.toml, but not part of the recipe: fields of their own in the manifest, and what does not change the numbers.
 NOT_RECIPE = {
-    "objective", "data", "dataset", "license", "commit", "patchsight", "torch", "device", "threads",
-    "checkpoint_every", "knn_test", "knn_every", "knn_gallery", "knn_queries",
+    "objective", "dataset", "license", "commit", "patchsight", "torch", "device", "threads", "checkpoint_every",
+    "knn_every", "knn_gallery", "knn_queries", "recompute", "compile", "resident", "tensorboard", "on_collapse",
 }  # fmt: skip
+PATHS = {"data", "knn_test", "teacher_labels", "init", "teacher"}  # nobody's business, but for the last folder's name
 
 
 @dataclass(frozen=True)
 class Source:
     """An encoder in evaluation mode on the CPU, after `step` updates, and its manifest's fields."""
 
-    encoder: ViT
+    encoder: Encoder
     step: int
     fields: dict[str, Any]
 
@@ -53,22 +52,22 @@ def read_run(run: Path, step: int | None = None) -> Source:
             f"{run / 'config.toml'}: objective is {config.get('objective')!r}, not one of {', '.join(OBJECTIVES)}"
         )
     saved = checkpoint.load(run, step)
-    encoder = ViT(_architecture(config, run))
+    encoder = build.build_encoder(_architecture(config, run))
     prefix = objective.encoder_name + "."
     _load(encoder, {k.removeprefix(prefix): v for k, v in saved.model.items() if k.startswith(prefix)}, run)
     return Source(encoder.eval(), saved.step, _fields(config, objective, encoder, saved.step))
 
 
-def _architecture(config: dict[str, Any], run: Path) -> ViTConfig:
+def _architecture(config: dict[str, Any], run: Path) -> EncoderConfig:
     try:
-        return ViTConfig(**{key: config[key] for key in CHOICES})
+        return architecture(config)
     except KeyError as error:
         raise InvalidRequest(f"{run / 'config.toml'}: {error.args[0]} is missing") from None
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"{run / 'config.toml'}: {error}") from None
 
 
-def _load(encoder: ViT, weights: dict[str, Tensor], run: Path) -> None:
+def _load(encoder: Encoder, weights: dict[str, Tensor], run: Path) -> None:
     try:
         encoder.load_state_dict(weights)
     except RuntimeError as error:
@@ -78,20 +77,22 @@ def _load(encoder: ViT, weights: dict[str, Tensor], run: Path) -> None:
         ) from None
 
 
-def _fields(config: dict[str, Any], objective: type[Objective], encoder: ViT, step: int) -> dict[str, Any]:
+def _fields(config: dict[str, Any], objective: type[Objective], encoder: Encoder, step: int) -> dict[str, Any]:
     """The manifest, but for `name`, `sha256` and `measured`."""
-    vit = encoder.config
+    net = encoder.config
+    # As the objective itself says; some cannot be built without their teacher.
+    pooling = "mean" if objective is MAE else default_pooling(net)
     return {
         "objective": config["objective"],
-        "architecture": describe(vit),
+        "architecture": describe(net),
         "parameters": sum(p.numel() for p in encoder.parameters()),
-        "image_size": vit.image_size,
-        "patch_size": vit.patch_size,
-        "embedding_dim": vit.width,
-        "num_heads": vit.heads,
-        "prefix_tokens": vit.prefix_tokens,
-        "recommended": cast(Literal["cls", "mean"], objective.pooling),
-        "transform": eval_transform(vit.image_size),
+        "image_size": net.image_size,
+        "patch_size": None if isinstance(net, ResNetConfig) else net.patch_size,
+        "embedding_dim": net.width,
+        "num_heads": None if isinstance(net, ResNetConfig) else net.heads,
+        "prefix_tokens": net.prefix_tokens,
+        "recommended": cast(Literal["cls", "mean"], pooling),
+        "transform": eval_transform(net.image_size),
         "data": config.get("dataset") or "unstated",
         "recipe": recipe(config, step),
         "commit": config.get("commit", "unknown"),
@@ -99,17 +100,22 @@ def _fields(config: dict[str, Any], objective: type[Objective], encoder: ViT, st
     }
 
 
-def describe(vit: ViTConfig) -> str:
-    """For people: `ViT 128×4, 4 heads, patch 4, conv stem`."""
-    parts = [f"ViT {vit.width}×{vit.depth}", f"{vit.heads} heads", f"patch {vit.patch_size}"]
-    parts += [f"MLP ratio {vit.mlp_ratio:g}"] if vit.mlp_ratio != 4 else []
-    parts += [f"{vit.registers} registers"] if vit.registers else []
-    parts += ["conv stem"] if vit.stem == "conv" else []
+def describe(net: EncoderConfig) -> str:
+    """For people: `ViT 128×4, 4 heads, patch 4, conv stem`, `ResNet-18, cifar stem`."""
+    if isinstance(net, ResNetConfig):
+        return f"ResNet-{net.depth}, {net.stem} stem"
+    parts = [f"ViT {net.width}×{net.depth}", f"{net.heads} heads", f"patch {net.patch_size}"]
+    parts += [f"MLP ratio {net.mlp_ratio:g}"] if net.mlp_ratio != 4 else []
+    parts += [f"{net.registers} registers"] if net.registers else []
+    parts += ["conv stem"] if net.stem == "conv" else []
     return ", ".join(parts)
 
 
 def recipe(config: dict[str, Any], step: int) -> str:
     """The settings as TOML that `patchsight-train OBJECTIVE --config` takes, and in its first line what ran them."""
-    versions = ", ".join(f"{key} {config[key]}" for key in ("patchsight", "torch") if key in config)
-    lines = [f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in config.items() if k not in NOT_RECIPE]
-    return f"# {config['objective']}, step {step} of the training; {versions}\n" + "".join(lines)
+    began = [f"{key} {Path(config[key]).name}" for key in ("init", "teacher") if key in config]
+    versions = [f"{key} {config[key]}" for key in ("patchsight", "torch") if key in config]
+    told = "; ".join([f"{config['objective']}, step {step} of the training", *began, ", ".join(versions)])
+    left_out = NOT_RECIPE | PATHS
+    lines = [f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in config.items() if k not in left_out]
+    return f"# {told}\n" + "".join(lines)

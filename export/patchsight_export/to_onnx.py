@@ -11,6 +11,7 @@ from onnx import helper
 from torch import Tensor, nn
 
 from patchsight_serve.manifest import METADATA_KEY
+from patchsight_train.encoder import Encoder
 from patchsight_train.views import eval_view
 from patchsight_train.vit import ViT
 
@@ -19,7 +20,7 @@ EXAMPLE_BATCH = 2  # an axis of 1 may be taken for a constant
 LARGEST_BATCH = 65_536
 
 
-class Served(nn.Module):
+class ServedViT(nn.Module):
     """uint8 `(N, H, W, 3)` to `OUTPUTS`, float32: `(N, D)`, `(N, D)`, `(N, h, g, g)`, `(N, g, g, D)`; g patches a side.
 
     `attention` is the last block's, from CLS to the patches: its sum is 1 less the weight on CLS and the registers.
@@ -36,6 +37,22 @@ class Served(nn.Module):
         patches = tokens[:, P:]
         attention = weights[:, :, 0, P:].reshape(-1, h, g, g)
         return tokens[:, 0], patches.mean(dim=1), attention, patches.reshape(-1, g, g, D)
+
+
+class ServedResNet(nn.Module):
+    """uint8 `(N, H, W, 3)` to `mean_embedding` alone, float32 `(N, D)`: the mean of the last map."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, image: Tensor) -> tuple[Tensor]:
+        return (self.encoder.pooled(eval_view(image.permute(0, 3, 1, 2)), "mean"),)
+
+
+def served(encoder: Encoder) -> nn.Module:
+    """What is exported of an encoder: a module whose outputs are those of its manifest, in that order."""
+    return ServedViT(encoder) if isinstance(encoder, ViT) else ServedResNet(encoder)
 
 
 def to_onnx(served: nn.Module, size: int, outputs: tuple[str, ...] = OUTPUTS, opset: int = 23) -> onnx.ModelProto:

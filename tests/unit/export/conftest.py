@@ -10,27 +10,37 @@ import torch
 from patchsight_export.__main__ import main
 from patchsight_serve.manifest import Manifest, Transform
 from patchsight_train import checkpoint
-from patchsight_train.__main__ import build
-from patchsight_train.loop import adamw
+from patchsight_train.batch_norm import BatchNorm
+from patchsight_train.build import build
 from patchsight_train.objective import Objective
+from patchsight_train.objective_settings import SETTINGS
+from patchsight_train.optimizer import adamw
+from patchsight_train.resnet import ResNet
 from patchsight_train.run import config_of, open_run
-from patchsight_train.settings import SETTINGS
 
 # 2 heads that differ, registers, a grid of 4 × 4: nothing that a wrong axis or slice could hide behind.
 TINY = {
     "image_size": 16, "patch_size": 4, "width": 24, "depth": 3, "heads": 2, "registers": 2, "threads": 1,
     "dataset": "noise", "license": "CC0-1.0",
 }  # fmt: skip
+RESNET = {"backbone": "resnet18", "width": None, "depth": None, "heads": None, "registers": 0}
 
 
 def random_objective(name: str, **settings: Any) -> tuple[Objective, Any]:
     """An objective whose weights are far from their start: attention is not uniform, DINO's teacher not the student."""
-    chosen = SETTINGS[name](data=["nowhere/train.parquet"], **TINY | settings)
+    small = RESNET if settings.get("backbone") == "resnet18" else {}
+    chosen = SETTINGS[name](data=["nowhere/train.parquet"], **TINY | small | settings)
     torch.manual_seed(1)
     objective = build(chosen)
     with torch.no_grad():
         for parameter in objective.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+            # Convolutions start far from 0 already: more would make numbers that no float holds.
+            parameter.add_(torch.randn_like(parameter), alpha=0.0 if parameter.ndim == 4 and small else 0.2)
+        if isinstance(objective.kept, ResNet):
+            for module in objective.kept.modules():
+                if isinstance(module, BatchNorm):
+                    module.momentum = 1.0  # statistics of what the layers really see, at once
+            objective.kept.train()(torch.randn(16, 3, 16, 16))
     return objective, chosen
 
 
@@ -61,6 +71,22 @@ def bundle(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of `run`, for reading only."""
     target = tmp_path_factory.mktemp("export") / "model_repository" / "tiny"
     main([str(run), str(target)])
+    return target
+
+
+@pytest.fixture(scope="session")
+def resnet_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a ResNet-18."""
+    folder = tmp_path_factory.mktemp("runs") / "resnet"
+    write_run(folder, backbone="resnet18")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def resnet_bundle(resnet_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of `resnet_run`, for reading only."""
+    target = tmp_path_factory.mktemp("export") / "model_repository" / "resnet"
+    main([str(resnet_run), str(target)])
     return target
 
 

@@ -1,5 +1,6 @@
 """The command, from its arguments to a bundle that the server loads."""
 
+import io
 import json
 import subprocess
 import sys
@@ -10,13 +11,18 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
+from starlette.testclient import TestClient
 
 from patchsight_export import to_onnx
 from patchsight_export.__main__ import main
 from patchsight_export.verify import noise
+from patchsight_serve.app import create_app
 from patchsight_serve.manifest import load_manifest
 from patchsight_serve.ort_encoder import OrtEncoder
 from patchsight_serve.repository import load_encoders
+from patchsight_serve.settings import ServeSettings
+from patchsight_train.objective import Objective
 from patchsight_train.views import eval_view
 
 
@@ -36,9 +42,28 @@ def test_the_server_loads_what_was_exported(bundle: Path) -> None:
         assert values[name].shape == (2, *shape)
 
 
+def test_the_server_answers_with_an_exported_resnet(resnet_bundle: Path) -> None:
+    """Its mean is what /embed gives; asked for attention it says what it has."""
+    (loaded,) = load_encoders(resnet_bundle.parent, threads=1).values()
+    images = noise(16, 2)
+    pngs = [io.BytesIO() for _ in images]
+    for image, file in zip(images, pngs, strict=True):
+        Image.fromarray(image).save(file, "PNG")
+    files = [("images", file.getvalue()) for file in pngs]
+    with TestClient(create_app({"resnet": loaded}, ServeSettings(sample_gallery=False))) as client:
+        results = client.post("/embed?normalize=false", files=files).json()["results"]
+        refused = client.post("/attention", files=files[:1])
+    expected = loaded.run(images, ["mean_embedding"])["mean_embedding"]
+    np.testing.assert_allclose([r["embedding"] for r in results], expected, rtol=1e-5, atol=1e-5)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"] == (
+        "encoder 'resnet' (ResNet-18, cifar stem) has no output 'attention'; it has embedding, mean"
+    )
+
+
 @pytest.mark.parametrize(("objective", "settings"), [("mae", {}), ("dino", {"stem": "conv"})])
 def test_the_recommended_embedding_is_what_training_evaluates(
-    objective: str, settings: dict[str, str], make_run: Callable[..., torch.nn.Module], tmp_path: Path,
+    objective: str, settings: dict[str, str], make_run: Callable[..., Objective], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     made = make_run(tmp_path / "run", objective, **settings)

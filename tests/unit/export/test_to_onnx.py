@@ -12,15 +12,18 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+import torchvision
 from torchvision.transforms.v2 import functional as tv
 
 import patchsight_export
 import patchsight_serve
 import patchsight_train
 from patchsight_export.source import Source, read_run
-from patchsight_export.to_onnx import Served, strip, to_onnx, with_metadata
-from patchsight_export.verify import noise
+from patchsight_export.to_onnx import served, strip, to_onnx, with_metadata
+from patchsight_export.verify import noise, verify
 from patchsight_serve.manifest import load_manifest
+from patchsight_train.architecture import ResNetConfig
+from patchsight_train.resnet import ResNet
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +36,17 @@ def model(bundle: Path) -> onnx.ModelProto:
     return onnx.load(bundle / "1" / "model.onnx")
 
 
+def normalized(images: np.ndarray) -> torch.Tensor:
+    """By torchvision."""
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(255)
+    return tv.normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
 def reference(source: Source, images: np.ndarray) -> dict[str, np.ndarray]:
     """The four outputs by torchvision's normalization, the encoder's own SDPA path, and attention from the last
     block's queries and keys in float64."""
     vit, P = source.encoder, source.encoder.config.prefix_tokens
-    x = tv.normalize(
-        torch.from_numpy(images).permute(0, 3, 1, 2).float().div(255), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    )
+    x = normalized(images)
     inputs: list[torch.Tensor] = []
     last = vit.blocks[-1].attn
     hook = last.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
@@ -84,7 +91,7 @@ def test_attention_is_one_node_in_all_blocks_but_the_last(model: onnx.ModelProto
 
 
 def test_opset_18(source: Source) -> None:
-    old = to_onnx(Served(source.encoder), 16, opset=18)
+    old = to_onnx(served(source.encoder), 16, opset=18)
     assert old.opset_import[0].version == 18
     assert operators(old)["Attention"] == 0
     assert operators(old)["Softmax"] == 3
@@ -96,19 +103,53 @@ def test_opset_18(source: Source) -> None:
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max(), err_msg=name)
 
 
-def test_signature(model: onnx.ModelProto) -> None:
-    def shape(value: onnx.ValueInfoProto) -> list[str | int]:
-        return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+@pytest.mark.parametrize("batch", [1, 3, 8, 13])
+def test_a_resnet_against_torchvision(resnet_bundle: Path, resnet_run: Path, batch: int) -> None:
+    """torchvision's own network with the run's weights, its pooling and its normalization."""
+    theirs = torchvision.models.resnet18()
+    theirs.conv1 = torch.nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+    theirs.maxpool, theirs.fc = torch.nn.Identity(), torch.nn.Identity()
+    theirs.load_state_dict(read_run(resnet_run).encoder.state_dict())
+    images = noise(16, batch)
+    with torch.no_grad():
+        wanted = theirs.eval()(normalized(images)).numpy()
+    session = ort.InferenceSession((resnet_bundle / "1" / "model.onnx").read_bytes())
+    (found,) = session.run(None, {"image": images})
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+    assert wanted.std() > 0.01
 
+
+def test_a_resnet_s_norms_are_joined_with_its_convolutions(resnet_bundle: Path) -> None:
+    found = operators(onnx.load(resnet_bundle / "1" / "model.onnx"))
+    assert (found["Conv"], found["BatchNormalization"]) == (20, 0)
+
+
+def test_resnet_50_for_photos() -> None:
+    """As it is initialized, in evaluation."""
+    torch.manual_seed(0)
+    module = served(ResNet(ResNetConfig(40, 50, "imagenet")).eval())
+    model = to_onnx(module, 40, ("mean_embedding",))
+    verify(model.SerializeToString(), module, {"mean_embedding": (2048,)}, {"noise": noise(40)})
+
+
+def shape(value: onnx.ValueInfoProto) -> list[str | int]:
+    return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+
+
+@pytest.mark.parametrize(
+    ("made", "outputs"),
+    [
+        ("bundle", {"cls_embedding": [24], "mean_embedding": [24], "attention": [2, 4, 4], "patch_tokens": [4, 4, 24]}),
+        ("resnet_bundle", {"mean_embedding": [512]}),
+    ],
+)
+def test_signature(made: str, outputs: dict[str, list[int]], request: pytest.FixtureRequest) -> None:
+    model = onnx.load(request.getfixturevalue(made) / "1" / "model.onnx")
     (image,) = model.graph.input
     assert (image.name, image.type.tensor_type.elem_type) == ("image", onnx.TensorProto.UINT8)
     assert shape(image) == ["batch", 16, 16, 3]
-    assert {o.name: shape(o) for o in model.graph.output} == {
-        "cls_embedding": ["batch", 24],
-        "mean_embedding": ["batch", 24],
-        "attention": ["batch", 2, 4, 4],
-        "patch_tokens": ["batch", 4, 4, 24],
-    }
+    assert {o.name: shape(o) for o in model.graph.output} == {name: ["batch", *own] for name, own in outputs.items()}
     assert not [i.name for i in model.graph.initializer if i.data_location == onnx.TensorProto.EXTERNAL]
 
 
@@ -139,7 +180,9 @@ def test_two_folders_give_identical_bytes(bundle: Path, run: Path, tmp_path: Pat
     assert (target / "encoder.json").read_bytes() == (bundle / "encoder.json").read_bytes()
 
 
-def test_nothing_of_this_machine_is_inside(bundle: Path, run: Path) -> None:
+@pytest.mark.parametrize(("made", "of"), [("bundle", "run"), ("resnet_bundle", "resnet_run")])
+def test_nothing_of_this_machine_is_inside(made: str, of: str, request: pytest.FixtureRequest) -> None:
+    bundle, run = request.getfixturevalue(made), request.getfixturevalue(of)
     for path in bundle.rglob("*"):
         content = path.read_bytes() if path.is_file() else b""
         for trace in (b".py", b"File ", b"site-packages", str(run).encode(), str(Path.home()).encode() + b"/"):
