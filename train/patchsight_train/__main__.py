@@ -67,7 +67,7 @@ def train(settings: TrainSettings) -> Path:
     distributed.start(device)
     leader = distributed.rank() == 0
     console = Console() if leader else Console(file=open(os.devnull, "w"))  # noqa: SIM115, PTH123 - until the process ends
-    with explained(settings, run):
+    with explained(run):
         settings, picked = fill(settings, run, device)
         _announce(console, run, settings, picked)
         images = open_images(settings.data, settings.pixels_kept, settings.limit, console, settings.resident)
@@ -82,7 +82,7 @@ def train(settings: TrainSettings) -> Path:
             open_run(run, config_of(settings))
         torch.manual_seed(settings.seed)
         objective = build(settings)
-        for line in initialize(objective.kept, settings.init) if settings.init else []:
+        for line in initialize(objective, settings.init) if settings.init else []:
             console.print(line)
         trainer = Trainer(objective, images, evaluation, settings, run, console)
         trainer.train()

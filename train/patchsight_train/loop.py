@@ -7,6 +7,7 @@ It knows no objective by name. A step's randomness comes from (seed, step) alone
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -14,12 +15,11 @@ from torch import Generator, Tensor
 
 from patchsight_serve.errors import InvalidRequest
 from patchsight_train import checkpoint, distributed
-from patchsight_train.collapse import CollapseDetector, Collapsed, signatures
+from patchsight_train.collapse import Collapsed, detector
 from patchsight_train.data import DataLost, Images
 from patchsight_train.device import pick_device, pick_precision
 from patchsight_train.display import Display
-from patchsight_train.evaluation import Evaluation
-from patchsight_train.hazards import NotFinite
+from patchsight_train.hazards import NotFinite, step_memory
 from patchsight_train.interrupt import Interrupt
 from patchsight_train.objective import Objective
 from patchsight_train.report import write_report
@@ -29,6 +29,9 @@ from patchsight_train.stream import StreamedImages
 from patchsight_train.tensorboard_log import TensorBoardLog
 from patchsight_train.update import Updater, mix
 
+if TYPE_CHECKING:
+    from patchsight_train.evaluation import Evaluation
+
 REPORT_EVERY_S = 60.0
 MOST_SKIPPED = 50  # steps in a row
 
@@ -37,7 +40,7 @@ class Trainer:
     """One run of one objective on this rank's device."""
 
     def __init__(
-        self, objective: Objective, images: Images | StreamedImages, evaluation: Evaluation | None,
+        self, objective: Objective, images: Images | StreamedImages, evaluation: "Evaluation | None",
         settings: TrainSettings, run: Path, console: Console,
     ) -> None:  # fmt: skip
         self.settings, self.run, self.console, self.evaluation = settings, run, console, evaluation
@@ -62,8 +65,8 @@ class Trainer:
         settings = self.settings
         distributed.barrier()  # every rank has read the checkpoint before the first writes another
         self.metrics = Metrics(self.run, self.step) if self.leader else None
-        self.tensorboard = TensorBoardLog(self.run) if settings.tensorboard and self.leader else None
-        self.detector = CollapseDetector(signatures(settings), max(50, self.steps_per_epoch))
+        self.tensorboard = TensorBoardLog(self.run, self.step) if settings.tensorboard and self.leader else None
+        self.detector = detector(settings, self.batch_size, self.steps_per_epoch)
         for line in self.metrics.lines() if self.metrics else []:
             self.detector.see(line["step"], line)
         self.reported = time.monotonic()
@@ -81,6 +84,8 @@ class Trainer:
             raise
         finally:
             batches.close()
+            if self.tensorboard:
+                self.tensorboard.close()
             if self.metrics:
                 self.metrics.close()
                 write_report(self.run)
@@ -103,7 +108,9 @@ class Trainer:
     def one_step(self, batches: Iterator[Tensor]) -> None:
         """One update, its metrics, and an evaluation where an epoch that asks for it ends."""
         start = time.perf_counter()
-        values = self.updater.update(next(batches), self.step)
+        images = next(batches)
+        with step_memory(self.settings, len(images)):
+            values = self.updater.update(images, self.step)
         self.step += 1
         values["images_per_s"] = round(self.batch_size / (time.perf_counter() - start), 1)
         if self.leader:
