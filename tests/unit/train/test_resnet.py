@@ -112,12 +112,14 @@ def test_all_of_it_is_channels_last() -> None:
     resnet = ResNet(ResNetConfig(32, 18, "cifar"))
     resnet.load_state_dict({k: v.contiguous() for k, v in resnet.state_dict().items()})
     layouts: list[bool] = []
+
+    def look(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        tensors = (inputs[0], module.weight, output)
+        layouts.append(all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors))
+
     for module in resnet.modules():
         if isinstance(module, nn.Conv2d):
-            assert module.weight.is_contiguous(memory_format=torch.channels_last)
-            module.register_forward_hook(
-                lambda _module, _inputs, out: layouts.append(out.is_contiguous(memory_format=torch.channels_last))
-            )
+            module.register_forward_hook(look)
     assert resnet(images(2, 32, 32).float()).is_contiguous()
     assert layouts == [True] * 20
 
