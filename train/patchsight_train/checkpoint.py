@@ -38,16 +38,24 @@ def save(run: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimiz
     if final.exists():  # complete, and equal: a step's outcome is determined
         return
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, partial / "model.safetensors")
-    save_file(_optimizer_tensors(module, optimizer), partial / "optimizer.safetensors")
-    (partial / "state.json").write_text(json.dumps({"step": step}))
-    for path in [*partial.iterdir(), partial]:
-        _fsync(path)
-    partial.rename(final)
+    try:
+        _write(partial, step, module, optimizer)
+        partial.rename(final)
+    except BaseException:  # on a full disk what is incomplete would only take room
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     _fsync(folder)
     for old in complete(run)[:-KEPT]:
         shutil.rmtree(folder / str(old))
+
+
+def _write(folder: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    folder.mkdir()
+    save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, folder / "model.safetensors")
+    save_file(_optimizer_tensors(module, optimizer), folder / "optimizer.safetensors")
+    (folder / "state.json").write_text(json.dumps({"step": step}))
+    for path in [*folder.iterdir(), folder]:
+        _fsync(path)
 
 
 def complete(run: Path) -> list[int]:

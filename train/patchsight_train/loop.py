@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from patchsight_serve.errors import InvalidRequest
 from patchsight_train import checkpoint, distributed
-from patchsight_train.collapse import Collapsed, detector
+from patchsight_train.collapse import Collapsed
 from patchsight_train.data import DataLost, Images
 from patchsight_train.device import pick_device, pick_precision
 from patchsight_train.display import Display
@@ -25,6 +25,7 @@ from patchsight_train.objective import Objective
 from patchsight_train.report import write_report
 from patchsight_train.run import Metrics
 from patchsight_train.settings import TrainSettings
+from patchsight_train.signatures import detector
 from patchsight_train.stream import StreamedImages
 from patchsight_train.tensorboard_log import TensorBoardLog
 from patchsight_train.update import Updater, mix
@@ -54,6 +55,7 @@ class Trainer:
         self.objective, self.device = self.updater.objective, device
         self.leader = distributed.rank() == 0  # the rank that writes
         self.step = self.skipped_in_a_row = 0
+        self.collapsed = ""  # why the run is to stop
         if checkpoint.complete(run):
             saved = checkpoint.load(run)
             checkpoint.restore(saved, self.objective, self.updater.optimizer, run)
@@ -74,13 +76,13 @@ class Trainer:
         display = Display(self.console, self.total_steps, settings.epochs, self.steps_per_epoch, self.step)
         try:
             with display as self.display, Interrupt() as interrupt:
-                while self.step < self.total_steps and not distributed.any_rank(interrupt.asked, self.device):
+                while self.step < self.total_steps and not self.asked_to_stop(interrupt):
                     self.one_step(batches)
                     if self.step % settings.checkpoint_every == 0:
                         self.save()
                 self.save()
-        except (DataLost, Collapsed):
-            self.save()
+        except (DataLost, InvalidRequest):  # no image is to be had any more
+            self.write_checkpoint()
             raise
         finally:
             batches.close()
@@ -89,9 +91,15 @@ class Trainer:
             if self.metrics:
                 self.metrics.close()
                 write_report(self.run)
+        if self.collapsed:
+            raise Collapsed(self.collapsed)
         if self.step < self.total_steps:
             self.console.print(f"stopped at step {self.step:,}; the same command goes on from there")
             raise KeyboardInterrupt
+
+    def asked_to_stop(self, interrupt: Interrupt) -> bool:
+        """By a person, or by what the leader has seen; all ranks stop at the same step."""
+        return distributed.any_rank(interrupt.asked or bool(self.collapsed), self.device)
 
     def orders(self) -> Iterator[Tensor]:
         """From the current step on: which images this rank takes, int64 `(b,)`, of the epoch's own permutation."""
@@ -134,7 +142,7 @@ class Trainer:
             write_report(self.run)
             self.reported = time.monotonic()
         if warning and self.settings.on_collapse == "stop":
-            raise Collapsed(warning)
+            self.collapsed = warning
 
     def evaluate(self, epoch: float) -> dict[str, float]:
         assert self.evaluation is not None
@@ -156,10 +164,14 @@ class Trainer:
             raise NotFinite(self.skipped_in_a_row, self.settings)
 
     def save(self) -> None:
+        self.write_checkpoint()
+        distributed.barrier()
+
+    def write_checkpoint(self) -> None:
+        """By the leader alone, without waiting for ranks that may be gone."""
         if self.metrics:
             self.metrics.sync()
             checkpoint.save(self.run, self.step, self.objective, self.updater.optimizer)
-        distributed.barrier()
 
 
 def _batch_size(images: int, asked: int) -> int:
@@ -173,5 +185,5 @@ def _batch_size(images: int, asked: int) -> int:
         raise InvalidRequest(f"--batch-size {asked} is not a multiple of the {world} ranks")
     size = min(asked, images) // world * world
     if size < max(2, world):
-        raise InvalidRequest(f"{images} images are too few to train on with {world} ranks: 2 are needed, one for each rank")
+        raise InvalidRequest(f"{images} images are too few for {world} ranks: one for each is needed, and 2 at least")
     return size
