@@ -28,8 +28,8 @@ def linear_probe(gallery: Tensor, labels: Tensor, queries: Tensor, query_labels:
     device = gallery.device
     present, y = torch.unique(labels.to(device), return_inverse=True)
     mean, deviation = gallery.mean(dim=0), gallery.std(dim=0, correction=0)
-    # A channel that is constant but for rounding says nothing: it must not be blown up.
-    deviation = deviation.clamp(min=max(1e-7 * float(gallery.abs().max()), 1e-30))
+    # A channel that is constant but for rounding says nothing: it becomes 0, instead of being blown up.
+    deviation = deviation.where(deviation > 1e-6 * gallery.abs().max(), math.inf)
     W, b = logistic_regression((gallery - mean) / deviation, y, len(present), 1 / len(gallery))
     found = present[((queries - mean) / deviation @ W.T + b).argmax(dim=1)]
     return float((found == query_labels.to(device)).double().mean())
