@@ -11,20 +11,20 @@ from lesson import cifar10, mean, quality, save, trained
 from matplotlib.figure import Figure
 
 SEEDS = (0, 1)
-K = 256
+K = 1024
 ARMS = {
     "both": {},
     "no centering": {"center_momentum": 1.0},
     "no sharpening": {"teacher_temperature": 0.1, "warmup_teacher_temperature": 0.1},
 }
 COMMON = {
-    "stem": "conv", "prototypes": K, "head_hidden": 256, "local_crops": 0, "epochs": 6, "teacher_momentum": 0.99, "lr": 1e-3,
-    "freeze_last_layer_epochs": 0,
+    "prototypes": K, "head_hidden": 256, "bottleneck": 64, "batch_size": 64, "lr": 5e-4, "teacher_momentum": 0.99,
+    "epochs": 6, "warmup_epochs": 1, "local_crops": 2,
 }  # fmt: skip
 
 
 def main() -> None:
-    split = cifar10(4096)
+    split = cifar10(2048)
     results: dict[str, dict[str, dict[str, float]]] = {}
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     entropy, divergence = figure.subplots(1, 2)
@@ -48,7 +48,7 @@ def main() -> None:
     entropy.set(xlabel="step", ylabel="entropy of the teacher's targets", ylim=(-0.2, None))
     divergence.set(xlabel="step", ylabel="KL(teacher ‖ student)", ylim=(-0.05, None))
     divergence.legend(frameon=False)
-    save("dino_collapse", figure, {"images": 4096, "epochs": COMMON["epochs"], "ln K": math.log(K), "arms": results})
+    save("dino_collapse", figure, {"images": 2048, "epochs": COMMON["epochs"], "ln K": math.log(K), "arms": results})
 
 
 if __name__ == "__main__":

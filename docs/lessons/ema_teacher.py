@@ -12,10 +12,10 @@ from patchsight_train.probe import embed
 
 SEEDS = (0, 1)
 # In the second arm the student is judged: its teacher stays as it was.
-ARMS = {"moving average": {"teacher_momentum": 0.99}, "frozen copy": {"teacher_momentum": 1.0}}
+ARMS = {"moving average": {}, "frozen copy": {"teacher_momentum": 1.0}}
 COMMON = {
-    "stem": "conv", "prototypes": 256, "head_hidden": 256, "local_crops": 2, "epochs": 6, "lr": 1e-3,
-    "freeze_last_layer_epochs": 0,
+    "prototypes": 1024, "head_hidden": 256, "bottleneck": 64, "batch_size": 64, "lr": 5e-4, "teacher_momentum": 0.99,
+    "epochs": 6, "warmup_epochs": 1, "local_crops": 4,
 }  # fmt: skip
 
 

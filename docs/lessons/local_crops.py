@@ -19,8 +19,8 @@ from patchsight_train.vit import ViT
 SEEDS = (0, 1)
 ARMS = {"2 global": {"local_crops": 0}, "2 global + 4 local": {"local_crops": 4}}
 COMMON = {
-    "stem": "patch", "prototypes": 256, "head_hidden": 256, "epochs": 6, "lr": 1e-3, "teacher_momentum": 0.99,
-    "freeze_last_layer_epochs": 0,
+    "prototypes": 1024, "head_hidden": 256, "bottleneck": 64, "batch_size": 64, "lr": 5e-4, "teacher_momentum": 0.99,
+    "epochs": 6, "warmup_epochs": 1,
 }  # fmt: skip
 GRID, HALF = 8, 4  # patches a side, and those of the pasted picture
 

@@ -44,7 +44,14 @@ def conv_stem(patch_size: int, width: int) -> nn.Sequential:
         layers += [nn.Conv2d(channels, wider, kernel_size=3, stride=2, padding=1), nn.GELU()]
         layers += [nn.Conv2d(wider, wider, kernel_size=3, padding=1), nn.GELU()]
         channels = wider
-    return nn.Sequential(*layers, nn.Conv2d(channels, width, kernel_size=1))
+    stem = nn.Sequential(*layers, nn.Conv2d(channels, width, kernel_size=1))
+    for module in stem:
+        if isinstance(module, nn.Conv2d):
+            # torch's own initialization loses most of the signal in each layer: all pictures would give one CLS token.
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+    return stem
 
 
 class Attention(nn.Module):
