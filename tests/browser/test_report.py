@@ -88,10 +88,10 @@ def row(step: int, rng: np.random.Generator) -> dict[str, Any]:
 def sheet(rows: int, columns: int, first: int) -> Image.Image:
     """A grid of sample photos, as evaluations draw them."""
     samples = read_dataset(SAMPLES)
-    grid = Image.new("RGB", (columns * 66 - 2, rows * 66 - 2), "gray")
+    grid = Image.new("RGB", (columns * 130 - 2, rows * 130 - 2), "gray")
     for i in range(rows * columns):
-        photo = Image.open(io.BytesIO(samples.read(31 * first + i))).convert("RGB").resize((64, 64))
-        grid.paste(photo, (i % columns * 66, i // columns * 66))
+        photo = Image.open(io.BytesIO(samples.read(31 * first + i))).convert("RGB").resize((128, 128))
+        grid.paste(photo, (i % columns * 130, i // columns * 130))
     return grid
 
 
@@ -138,7 +138,9 @@ def test_the_report_fits_every_screen_and_theme(browser: Browser, run: Path, siz
     assert (sum(paper) < 200) == (scheme == "dark")
     for picture in page.locator(".pictures img").all():
         picture.scroll_into_view_if_needed()
-        assert picture.evaluate("image => image.naturalWidth") == 7 * 66 - 2
+        natural, shown = picture.evaluate("image => [image.naturalWidth, image.clientWidth]")
+        assert natural == 7 * 130 - 2
+        assert 480 <= shown <= natural  # on a phone it is moved sideways in its frame
     # Text is as large on every screen, and inside of it.
     texts = page.evaluate(
         """[...document.querySelectorAll(".plot text")].map(text => {

@@ -136,8 +136,7 @@ def line_chart(
             at = zip(x, 1 - y, strict=True)
             dots += [f'<circle class="c{line.rank}" cx="{a:.3%}" cy="{b:.3%}" r="2.5"/>' for a, b in at]
     inner = [_axes(span.scale, scale, "epoch" if span.steps_per_epoch else "step", unit)]
-    inner += [_mark(mark, span) for mark in marks]
-    inner += [_curves(drawn), *dots]
+    inner += [*(_mark(mark, span) for mark in marks), _curves(drawn), *dots]
     inner += [_reference(reference, scale, lines, span) for reference in references]
     solid = [line for line in lines if not line.faint]
     now = " · ".join(_short(line.curve.values[-1]) for line in solid) + (" %" if unit == "%" else "")

@@ -20,11 +20,12 @@ from patchsight_train.panels import encoder_of, sections
 from patchsight_train.progress import Progress
 
 REFRESH_S = 15  # while the run is not complete
+LEGIBLE = 480  # pixels: a picture is never shown narrower than this, on a small screen it is moved sideways
 CAPTIONS = {
-    "views": "What the network sees: the views of some pictures, as augmented for training.",
+    "views": "What the network sees: pictures, and the views of them that it is trained on.",
     "reconstructions": "What the decoder makes of what the encoder saw.",
     "attention": "Where the encoder looks: attention of its last block, from the CLS token to the patches.",
-    "neighbors": "Nearest neighbors: the first picture of each row, then those whose embeddings are most similar.",
+    "neighbors": "Nearest neighbors: pictures, and those whose embeddings are most similar, the most similar first.",
 }
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _ICON = (
@@ -153,10 +154,9 @@ def _picture(name: str, path: Path) -> str:
         return ""  # half written
     width, height = (int.from_bytes(png[i : i + 4], "big") for i in (16, 20))
     caption = CAPTIONS.get(name, name.replace("_", " "))
-    return (
-        f'<figure><div><img src="data:image/png;base64,{base64.b64encode(png).decode()}" width="{width}" '
-        f'height="{height}" alt="{escape(name)}"></div><figcaption>{escape(caption)}</figcaption></figure>\n'
-    )
+    size = f'width="{width}" height="{height}" style="min-width: {min(width, LEGIBLE)}px"'
+    image = f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" {size} alt="{escape(name)}">'
+    return f"<figure><div>{image}</div><figcaption>{escape(caption)}</figcaption></figure>\n"
 
 
 def _settings(text: str) -> str:

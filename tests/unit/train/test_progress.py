@@ -28,8 +28,8 @@ def test_the_end() -> None:
 
 def test_speed_is_that_of_late() -> None:
     """The first steps compile and warm up; one odd step is no trend."""
-    speeds = [1.0] * 50 + [800.0] * 99 + [5.0]
-    assert Progress.of(history(150, 1.0, *speeds), CONFIG).images_per_s == 800.0
+    speeds = [1.0] * 150 + [800.0] * 99 + [5.0]
+    assert Progress.of(history(250, 1.0, *speeds), CONFIG).images_per_s == 800.0
 
 
 def test_what_is_unknown_is_not_claimed() -> None:

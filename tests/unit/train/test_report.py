@@ -163,7 +163,7 @@ def test_pictures_are_inlined_with_captions(tmp_path: Path) -> None:
         data = base64.b64decode(str(image["src"]).removeprefix("data:image/png;base64,"))
         assert data == files[str(image["alt"])]
         assert (int(str(image["width"])), int(str(image["height"]))) == Image.open(io.BytesIO(data)).size
-    assert "Nearest neighbors: the first picture of each row" in page.text
+    assert "Nearest neighbors: pictures, and those whose embeddings are most similar" in page.text
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x89PNG", b"GIF89a", picture((64, 64), 3)[:-20]])
