@@ -2,8 +2,9 @@
 
     python benchmarks/augmentation.py      # about 2 minutes
 
-One SimCLR view of a batch from uint8 pictures in memory, one CPU thread, the three in turns. What it decides: whether our
-own augmentations are worth their lines (at least 1.5 times kornia). Writes `benchmarks/results/augmentation.json`.
+One SimCLR view of a batch from uint8 pictures in memory, one CPU thread, the three in turns. What it decides: whether
+our own augmentations are worth their lines (at least 1.5 times kornia). Writes
+`benchmarks/results/augmentation.json`.
 """
 
 import statistics
@@ -90,7 +91,10 @@ def main() -> None:
             "times ours": {arm: [r[0], statistics.median(r), r[-1]] for arm, r in ratios.items()},
         }
     save("augmentation", {"rounds": ROUNDS, "cases": CASES, "results": results})
-    lines = ["| one SimCLR view | patchsight, CPU ms an image | kornia | torchvision on Pillow images |", "| --- | --- | --- | --- |"]
+    lines = [
+        "| one SimCLR view | patchsight, CPU ms an image | kornia | torchvision on Pillow images |",
+        "| --- | --- | --- | --- |",
+    ]
     for name, found in results.items():
         cells = [f"{found['CPU ms per image']['ours']:.2f}"]
         for arm in ("kornia", "torchvision"):

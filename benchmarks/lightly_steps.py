@@ -1,5 +1,6 @@
 """The same objectives from lightly's parts, put together as its own examples do: its transforms in data-loader workers,
-its losses, its heads, each view through the student on its own. The backbone is ours in both, so that only the rest differs.
+its losses, its heads, each view through the student on its own. The backbone is ours in both, so that only the rest
+differs.
 """
 
 import copy

@@ -2,10 +2,11 @@
 
     python benchmarks/training.py            # about 20 minutes on 2 cores; nothing else may run
 
-Three objectives on two kinds of data, in three arms that take turns, each in a process of its own: `ours`, the training
-loop as `patchsight-train` runs it; `lightly`, its transforms in as many workers as there are cores, its losses and heads,
-the same backbone, batch, precision and optimizer; `bare`, our objective's forward and backward on views made beforehand,
-which no training can pass. Writes `benchmarks/results/training.json` and the table in README and docs.
+Three objectives on two kinds of data, in three arms that take turns, each in a process of its own: `ours`, the
+training loop as `patchsight-train` runs it; `lightly`, its transforms in as many workers as there are cores, its
+losses and heads, the same backbone, batch, precision and optimizer; `bare`, our objective's forward and backward on
+views made beforehand, which no training can pass. Writes `benchmarks/results/training.json` and the table in README
+and docs.
 """
 
 import argparse
@@ -32,7 +33,6 @@ from patchsight_train.device import pick_device, pick_precision
 from patchsight_train.loop import Trainer
 from patchsight_train.objective import When
 from patchsight_train.objective_settings import SETTINGS
-from patchsight_train.optimizer import adamw
 from patchsight_train.randomness import Randomness
 from patchsight_train.settings import TrainSettings
 from patchsight_train.update import Updater
@@ -201,15 +201,15 @@ def summary(rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     lines = [
-        "| objective, data | patchsight, images/s | from lightly's parts | ratio (least to most) | of the bare forward and "
-        "backward | memory, MiB: ours, lightly's |",
+        "| objective, data | patchsight, images/s | from lightly's parts | ratio (least to most) | "
+        "of the bare forward and backward | memory, MiB: ours, lightly's |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, r in results.items():
         ratio, share = r["times lightly"], r["share of bare"]
         lines.append(
-            f"| {name} | {r['ours']['images_per_s']:.0f} | {r['lightly']['images_per_s']:.0f} | **{ratio['median']:.2f}×** "
-            f"({ratio['least']:.2f} to {ratio['most']:.2f}) | {share['median']:.0%} | "
+            f"| {name} | {r['ours']['images_per_s']:.0f} | {r['lightly']['images_per_s']:.0f} | "
+            f"**{ratio['median']:.2f}×** ({ratio['least']:.2f} to {ratio['most']:.2f}) | {share['median']:.0%} | "
             f"{r['ours']['memory_mib']:.0f}, {r['lightly']['memory_mib']:.0f} |"
         )
     return "\n".join(lines)
@@ -227,6 +227,10 @@ if __name__ == "__main__":
         np.random.seed(0)  # noqa: NPY002 - torchvision's workers
         chosen = settings_of(given.kind, given.objective, given.folder)
         rate, decoding = {"ours": ours, "lightly": lightly, "bare": bare}[given.arm](chosen, given.folder)
-        print(json.dumps({"images_per_s": rate, "decoding_s": decoding, "memory_mib": peak_memory(given.arm == "lightly")}))
+        print(
+            json.dumps(
+                {"images_per_s": rate, "decoding_s": decoding, "memory_mib": peak_memory(given.arm == "lightly")}
+            )
+        )
     else:
         main()

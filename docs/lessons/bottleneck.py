@@ -1,7 +1,8 @@
 """Compression is intelligence? Bottleneck size against bits per image, reconstruction error and probe.
 
-An autoencoder's z is made coarser until its reconstruction suffers by 1 %; the entropy of what is left is what the picture
-costs in bits. More numbers in z reconstruct better and cost more; the question is whether they also know more.
+An autoencoder's z is made coarser until its reconstruction suffers by 1 %; the entropy of what is left is what the
+picture costs in bits. More numbers in z reconstruct better and cost more; the question is whether they also know
+more.
 """
 
 import torch
@@ -64,7 +65,9 @@ def main() -> None:
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     for axes, name in zip(figure.subplots(1, 3), ("bits per image", "error", "linear probe on z"), strict=True):
         for seed in SEEDS:
-            axes.plot(SIZES, [results[str(s)][f"seed {seed}"][name] for s in SIZES], "o", color="tab:blue", markersize=4)
+            axes.plot(
+                SIZES, [results[str(s)][f"seed {seed}"][name] for s in SIZES], "o", color="tab:blue", markersize=4
+            )
         axes.plot(SIZES, [mean(run[name] for run in results[str(s)].values()) for s in SIZES], color="tab:blue")
         axes.set(xscale="log", xlabel="numbers in z", xticks=SIZES, xticklabels=SIZES, title=name)
         axes.minorticks_off()

@@ -22,7 +22,10 @@ CANDIDATES = 256
 def histogram(x: Tensor, bins: int = 16) -> Tensor:
     """Views `(B, 3, S, S)` in 0..1 to the histograms of their channels, `(B, 3, bins)`; each sums to 1."""
     index = (x * bins).long().clamp(max=bins - 1).flatten(2)
-    return torch.zeros(*x.shape[:2], bins).scatter_add_(2, index, torch.ones_like(index, dtype=torch.float)) / index.shape[2]
+    return (
+        torch.zeros(*x.shape[:2], bins).scatter_add_(2, index, torch.ones_like(index, dtype=torch.float))
+        / index.shape[2]
+    )
 
 
 def solved_by_color(first: Tensor, second: Tensor) -> float:
@@ -36,7 +39,7 @@ def main() -> None:
     results: dict[str, dict[str, float]] = {}
     pictures = {}
     for arm, changes in ARMS.items():
-        runs = [trained(split.train, "simclr", seed=seed, **COMMON, **changes) for seed in SEEDS]
+        runs = [trained(split.train, "simclr", seed=seed, **{**COMMON, **changes}) for seed in SEEDS]
         probes = [quality(objective, split) for objective, _ in runs]
         objective = runs[0][0]
         assert isinstance(objective, SimCLR)

@@ -1,8 +1,8 @@
 """Centering and sharpening: each alone collapses, both together do not (arXiv:2104.14294, section 5.3 and Figure 7).
 
-Without centering one prototype wins on every image: the teacher's entropy goes to 0. Without sharpening (the teacher as
-soft as the student) every prototype gets the same: its entropy goes to ln K. Either way teacher and student agree without
-having looked at the picture: their divergence goes to 0.
+Without centering one prototype wins on every image: the teacher's entropy goes to 0. Without sharpening (the teacher
+as soft as the student) every prototype gets the same: its entropy goes to ln K. Either way teacher and student agree
+without having looked at the picture: their divergence goes to 0.
 """
 
 import math
@@ -31,7 +31,7 @@ def main() -> None:
     for color, (arm, changes) in zip(("tab:blue", "tab:orange", "tab:red"), ARMS.items(), strict=True):
         results[arm] = {}
         for seed in SEEDS:
-            objective, log = trained(split.train, "dino", seed=seed, **COMMON, **changes)
+            objective, log = trained(split.train, "dino", seed=seed, **{**COMMON, **changes})
             label = arm if seed == SEEDS[0] else None
             entropy.plot([line["teacher_entropy"] for line in log], color=color, label=label, linewidth=1)
             # Cross-entropy is entropy plus divergence, KL(teacher ‖ student).

@@ -25,7 +25,7 @@ def main() -> None:
     for arm, changes in ARMS.items():
         results[arm] = {}
         for seed in SEEDS:
-            objective, log = trained(split.train, "dino", seed=seed, **COMMON, **changes)
+            objective, log = trained(split.train, "dino", seed=seed, **{**COMMON, **changes})
             assert isinstance(objective, DINO)
             teacher = quality(objective, split)
             gallery, queries = (
@@ -40,11 +40,13 @@ def main() -> None:
             }
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axes = figure.subplots()
-    for i, (arm, runs) in enumerate(results.items()):
+    for i, runs in enumerate(results.values()):
         for j, name in enumerate(("student knn", "teacher knn")):
             found = [run[name] for run in runs.values()]
             x = i + 0.35 * j
-            axes.bar(x, mean(found), width=0.33, color=("tab:blue", "tab:gray")[j], label=name.split()[0] if not i else None)
+            axes.bar(
+                x, mean(found), width=0.33, color=("tab:blue", "tab:gray")[j], label=name.split()[0] if not i else None
+            )
             axes.plot([x] * len(found), found, "k.", markersize=5)
     axes.set_xticks([i + 0.175 for i in range(len(results))], list(results))
     axes.set(ylabel="20-NN", ylim=(0.2, None))

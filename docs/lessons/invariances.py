@@ -1,8 +1,8 @@
-"""What an encoder no longer sees: how far each augmentation moves the embedding, and a task that color invariance hurts.
+"""What an encoder no longer sees: how far each augmentation moves it, and a task that color invariance hurts.
 
-The encoders are those of `color_distortion.py`. Distance is the mean squared one of normalized embeddings, as a share of
-that between two different pictures: 0 is blind to the change. The task: which third of the color wheel is this picture?
-Its hue is turned by a third, two thirds or not at all, and a linear probe tells which.
+The encoders are those of `color_distortion.py`. Distance is the mean squared one of normalized embeddings, as a share
+of that between two different pictures: 0 is blind to the change. The task: which third of the color wheel is this
+picture? Its hue is turned by a third, two thirds or not at all, and a linear probe tells which.
 """
 
 import torch
@@ -11,11 +11,11 @@ from lesson import cifar10, mean, save, trained
 from matplotlib.figure import Figure
 from torch import Generator, Tensor
 
+from patchsight_train.color import adjust_hue
 from patchsight_train.encoder import chunks
 from patchsight_train.linear import linear_probe
 from patchsight_train.objective import Objective
 from patchsight_train.randomness import Randomness
-from patchsight_train.color import adjust_hue
 from patchsight_train.views import View, augment, eval_view, normalize
 
 JITTER = {"brightness": 0, "contrast": 1, "saturation": 2, "hue": 3}

@@ -1,8 +1,10 @@
-"""Why DINO learns local information: with local crops patches and attention get better (arXiv:2104.14294, Tables 8 and 9).
+"""Why DINO learns local information: with local crops patches and attention get better (arXiv:2104.14294, Tables 8 and
+9).
 
-A local crop's CLS token has to say what the teacher says of the whole picture: so a part must know what it is part of. Two
-measures beside k-NN: a linear probe that sees one patch token and names the picture's class; and, with a small picture
-pasted onto a blurred other one, the share of the CLS token's attention that falls on it, where chance is its area.
+A local crop's CLS token has to say what the teacher says of the whole picture: so a part must know what it is part
+of. Two measures beside k-NN: a linear probe that sees one patch token and names the picture's class; and, with a
+small picture pasted onto a blurred other one, the share of the CLS token's attention that falls on it, where chance
+is its area.
 """
 
 import torch
@@ -71,7 +73,7 @@ def main() -> None:
     for arm, changes in ARMS.items():
         results[arm] = {}
         for seed in SEEDS:
-            objective, _ = trained(split.train, "dino", seed=seed, **COMMON, **changes)
+            objective, _ = trained(split.train, "dino", seed=seed, **{**COMMON, **changes})
             attention = attention_of(objective, composed)
             results[arm][f"seed {seed}"] = {
                 **quality(objective, split),
@@ -80,10 +82,14 @@ def main() -> None:
             }
             maps.setdefault(arm, attention[:6])
     area = HALF**2 / GRID**2
-    save("local_crops", draw(composed, maps, results, area), {"images": 4096, "epochs": 6, "area": area, "arms": results})
+    save(
+        "local_crops", draw(composed, maps, results, area), {"images": 4096, "epochs": 6, "area": area, "arms": results}
+    )
 
 
-def draw(composed: Tensor, maps: dict[str, Tensor], results: dict[str, dict[str, dict[str, float]]], area: float) -> Figure:
+def draw(
+    composed: Tensor, maps: dict[str, Tensor], results: dict[str, dict[str, dict[str, float]]], area: float
+) -> Figure:
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1.1, 1))
     grid = left.subplots(3, 6)

@@ -1,8 +1,8 @@
 """Images are not words: how much to hide (arXiv:2111.06377, Figure 5).
 
-A language model hides 15 % of the words. A quarter of a picture's patches is filled in from the neighbors; only with most
-of them gone does the encoder have to know what it looks at. The probe is linear, on the mean of the patch tokens;
-fine-tuning trains everything on the labels, and is compared with the same from random weights.
+A language model hides 15 % of the words. A quarter of a picture's patches is filled in from the neighbors; only with
+most of them gone does the encoder have to know what it looks at. The probe is linear, on the mean of the patch
+tokens; fine-tuning trains everything on the labels, and is compared with the same from random weights.
 """
 
 import copy

@@ -1,7 +1,7 @@
 """Temperature moves uniformity and alignment against each other (arXiv:2005.10242; arXiv:2012.09740).
 
-A low temperature looks at the hardest negatives alone and spreads the embeddings over the sphere, at the price of pulling
-the two views of a picture apart; a high one lets views meet and embeddings gather.
+A low temperature looks at the hardest negatives alone and spreads the embeddings over the sphere, at the price of
+pulling the two views of a picture apart; a high one lets views meet and embeddings gather.
 """
 
 import torch

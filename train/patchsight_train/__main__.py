@@ -4,12 +4,17 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from patchsight_serve.config import fail
 from patchsight_serve.errors import PatchsightError
 from patchsight_train.objective_settings import SETTINGS
 from patchsight_train.settings import TrainSettings
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 USAGE = """usage: patchsight-train OBJECTIVE --data SOURCE [settings]
 
   simclr            contrastive learning, arXiv:2002.05709
@@ -51,14 +56,16 @@ def train(settings: TrainSettings) -> Path:
 
     from patchsight_train import distributed
     from patchsight_train.build import build
-    from patchsight_train.data import load_probe, open_images, sample_images
+    from patchsight_train.data import sample_images
     from patchsight_train.defaults import fill
     from patchsight_train.device import pick_device
     from patchsight_train.evaluation import Evaluation
     from patchsight_train.hazards import explained
     from patchsight_train.initial import initialize
     from patchsight_train.loop import Trainer
+    from patchsight_train.probe import load_probe
     from patchsight_train.run import config_of, open_run
+    from patchsight_train.stream import open_images
 
     run = settings.run or Path("runs") / settings.objective
     if settings.threads:
@@ -83,8 +90,19 @@ def train(settings: TrainSettings) -> Path:
         torch.manual_seed(settings.seed)
         objective = build(settings)
         for line in initialize(objective, settings.init) if settings.init else []:
-            console.print(line)
+            console.print(line, **PLAIN)
         trainer = Trainer(objective, images, evaluation, settings, run, console)
         trainer.train()
     distributed.stop()
     return run
+
+
+def _announce(console: "Console", run: Path, settings: TrainSettings, picked: list[str]) -> None:
+    """What runs, with which settings, and why those that nobody gave."""
+    console.print(f"patchsight-train {settings.objective} → {run}\n{settings.describe()}", **PLAIN)
+    if picked:
+        console.print("\n".join(["picked:", *(f"  {line}" for line in picked)]), **PLAIN)
+
+
+if __name__ == "__main__":
+    main()

@@ -78,6 +78,11 @@ class TrainSettings(CommandSettings):
     knn_queries: Positive = Field(2_000, description="at most so many as queries")
 
     @property
+    def pixels_kept(self) -> int:
+        """Side of the squares at which pictures are kept."""
+        return self.stored_size or self.image_size
+
+    @property
     def architecture(self) -> EncoderConfig:
         """The encoder that these settings describe. Raises ValueError where its numbers do not fit together."""
         return architecture({name: getattr(self, name) for name in CHOICES})
