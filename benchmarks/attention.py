@@ -16,7 +16,7 @@ from measure import save
 from torch import Tensor
 
 from patchsight_train.architecture import ViTConfig
-from patchsight_train.loop import pick_precision
+from patchsight_train.device import pick_precision
 from patchsight_train.vit import Attention, ViT
 
 BATCH, ROUNDS = 256, 7

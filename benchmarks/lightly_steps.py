@@ -6,6 +6,7 @@ differs.
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightly.data import LightlyDataset
@@ -23,7 +24,7 @@ from patchsight_train.settings import TrainSettings
 Step = Callable[[list[Tensor]], Tensor]  # views of a batch to its loss
 
 
-def transform(settings: TrainSettings) -> nn.Module:
+def transform(settings: TrainSettings) -> Any:
     """With the strengths that our settings have."""
     size = settings.image_size
     blur = (1.0, 0.1, 0.5) if size >= 64 else (0.0, 0.0, 0.0)

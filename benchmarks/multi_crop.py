@@ -21,7 +21,7 @@ from torch import Tensor
 
 from patchsight_train.build import build
 from patchsight_train.objective import Metrics, When
-from patchsight_train.objective_settings import SETTINGS
+from patchsight_train.objective_settings import DINOSettings
 from patchsight_train.update import Updater
 
 COUNTS = (2, 4, 6, 8, 10)
@@ -43,7 +43,7 @@ def resident() -> float:
 
 def step_memory(local_crops: int, chunked: bool) -> float:
     """MiB that steps need beyond weights and program."""
-    settings = SETTINGS["dino"](
+    settings = DINOSettings(
         data=["noise"], image_size=96, stored_size=96, patch_size=8, batch_size=32, local_crops=local_crops,
         prototypes=1024, device="cpu",
     )  # fmt: skip

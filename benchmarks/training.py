@@ -100,7 +100,7 @@ def ours(settings: TrainSettings, folder: Path) -> tuple[float, float]:
                 raise TimeoutError
             return update(batch, step)
 
-        trainer.updater.update = timed  # type: ignore[method-assign]
+        trainer.updater.update = timed  # type: ignore[method-assign, assignment]
         try:
             trainer.train()
         except TimeoutError:

@@ -6,7 +6,7 @@ The decoder is the one that serves. `stream` is for the sets that do not fit int
 import math
 import os
 from bisect import bisect_right
-from collections import deque
+from collections import abc, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from patchsight_serve.decode import decode
 from patchsight_serve.errors import InvalidRequest, PatchsightError
 from patchsight_serve.manifest import Transform
 
+Batches = abc.Generator[Tensor, None, None]  # to be closed by who has seen enough
 T = TypeVar("T")
 U = TypeVar("U")
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -60,7 +61,7 @@ class Images:
             return self
         return Images(self.pixels.to(device), self.labels, self.class_names)
 
-    def batches(self, orders: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    def batches(self, orders: Iterable[Tensor], device: torch.device) -> Batches:
         """For each order, int64 `(b,)` on the CPU, those images in it: uint8 `(b, 3, S, S)` on `device`.
 
         From the CPU to a GPU one batch is gathered ahead, beside the step that runs: `orders` is read ahead by one.

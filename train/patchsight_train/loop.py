@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from patchsight_serve.errors import InvalidRequest
 from patchsight_train import checkpoint, distributed
 from patchsight_train.collapse import Collapsed
-from patchsight_train.data import DataLost, Images
+from patchsight_train.data import Batches, DataLost, Images
 from patchsight_train.device import pick_device, pick_precision
 from patchsight_train.display import Display
 from patchsight_train.hazards import NotFinite, step_memory
@@ -113,7 +113,7 @@ class Trainer:
             first = place * self.batch_size + distributed.rank() * b
             yield order[first : first + b]
 
-    def one_step(self, batches: Iterator[Tensor]) -> None:
+    def one_step(self, batches: Batches) -> None:
         """One update, its metrics, and an evaluation where an epoch that asks for it ends."""
         start = time.perf_counter()
         images = next(batches)

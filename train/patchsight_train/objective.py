@@ -47,7 +47,7 @@ class Objective(nn.Module):
     def parts(self, views: list[Tensor], when: When) -> Iterator[tuple[Tensor, Metrics]]:  # noqa: ARG002
         """Scalars to call `backward` on, each before the next is asked for, and metrics that add up.
 
-        Their gradients add up to that of the loss, and the metric "loss" to its value. So the memory is that of one part.
+        Their gradients add up to that of the loss, and the metric "loss" to its value. The memory is that of one part.
         """
         B = len(views[0])
         for rows in chunks(B, self.micro_batch):

@@ -1,5 +1,7 @@
-"""What every training run can be told; `objective_settings.py` adds what each objective has of its own. Imports no torch, so
-that `--help` answers at once."""
+"""What every training run can be told; `objective_settings.py` adds what each objective has of its own.
+
+Imports no torch, so that `--help` answers at once.
+"""
 
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -49,10 +51,12 @@ class TrainSettings(CommandSettings):
     stem: Literal["patch", "conv", "cifar", "imagenet"] | None = Field(
         None, description="conv: a small convolutional stem for ViTs, not for MAE; cifar, imagenet: of ResNets"
     )
-    stored_size: Positive | None = Field(None, description="pixels at which pictures are kept, from which views are cut")
+    stored_size: Positive | None = Field(None, description="pixels of the kept pictures, from which views are cut")
 
     epochs: Positive = Field(100, description="(default: by the number of images and the device)")
-    batch_size: Annotated[int, Field(ge=2)] = Field(512, description="images a step, over all ranks (default: likewise)")
+    batch_size: Annotated[int, Field(ge=2)] = Field(
+        512, description="images a step, over all ranks (default: likewise)"
+    )
     micro_batch: Positive | None = Field(None, description="images a forward: less memory, the same numbers")
     recompute: bool = Field(False, description="activation checkpointing of ViTs: less memory, a third more work")
     compile: bool = Field(False, description="torch.compile the encoder's blocks")

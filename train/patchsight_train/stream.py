@@ -1,6 +1,6 @@
 """Training images that do not fit into memory: they stay on disk, and threads decode each batch ahead of need."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from patchsight_serve.errors import InvalidRequest, PatchsightError
 from patchsight_train.data import (
+    Batches,
     EncodedImages,
     Images,
     Pixels,
@@ -95,7 +96,7 @@ class StreamedImages:
         """Themselves: what does not fit into memory does not fit onto a GPU."""
         return self
 
-    def batches(self, orders: Iterable[Tensor], device: torch.device, ahead: int = 4) -> Iterator[Tensor]:
+    def batches(self, orders: Iterable[Tensor], device: torch.device, ahead: int = 4) -> Batches:
         """For each order, int64 `(b,)` on the CPU, those images in it: uint8 `(b, 3, S, S)` on `device`.
 
         Up to `ahead` batches are decoded, or being so, while one is in use; `orders` is read ahead by as many. Closing

@@ -10,7 +10,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
 from torch.utils.checkpoint import checkpoint
 
 from patchsight_train.architecture import ViTConfig
@@ -197,7 +196,7 @@ class ViT(Encoder):
 
 
 def resize_positions(positions: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
-    """Positions `(1, prefix + g², D)` to `(1, prefix + h·w, D)`: those of the patches by antialiased bicubic, as timm."""
+    """Positions `(1, prefix + g², D)` to `(1, prefix + h·w, D)`: the patches' by antialiased bicubic, as timm."""
     first, patches = positions[:, :prefix], positions[:, prefix:]
     g = math.isqrt(patches.shape[1])
     square = patches.float().reshape(1, g, g, -1).permute(0, 3, 1, 2)
