@@ -14,6 +14,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import publish, save
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from patchsight_train.build import build
 from patchsight_train.objective import Metrics, When
-from patchsight_train.objective_settings import DINOSettings
+from patchsight_train.objective_settings import SETTINGS
 from patchsight_train.update import Updater
 
 COUNTS = (2, 4, 6, 8, 10)
@@ -43,10 +44,8 @@ def resident() -> float:
 
 def step_memory(local_crops: int, chunked: bool) -> float:
     """MiB that steps need beyond weights and program."""
-    settings = DINOSettings(
-        data=["noise"], image_size=96, stored_size=96, patch_size=8, batch_size=32, local_crops=local_crops,
-        prototypes=1024, device="cpu",
-    )  # fmt: skip
+    values: dict[str, Any] = {"image_size": 96, "patch_size": 8, "batch_size": 32, "prototypes": 1024, "device": "cpu"}
+    settings = SETTINGS["dino"](data=["noise"], local_crops=local_crops, **values)  # type: ignore[call-arg]
     torch.manual_seed(0)
     updater = Updater(build(settings), settings, torch.device("cpu"), torch.float32, STEPS, STEPS)
     if not chunked:
