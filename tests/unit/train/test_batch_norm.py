@@ -74,7 +74,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor
         save_file(tensors, folder / f"{name}.safetensors")
     program = [sys.executable, "-c", RANK, str(folder)]
     ranks = [subprocess.Popen([*program, str(rank)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
-    errors = [process.communicate(timeout=120)[1] for process in ranks]
+    errors = [process.communicate(timeout=240)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], errors
     return [load_file(folder / f"rank{rank}.safetensors") for rank in (0, 1)]
 

@@ -161,7 +161,7 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
     )
     program = [sys.executable, "-c", RANK, str(tmp_path)]
     ranks = [subprocess.Popen([*program, str(rank)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
-    errors = [process.communicate(timeout=120)[1] for process in ranks]
+    errors = [process.communicate(timeout=240)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], errors
 
     loss = ((ours(x) - target) ** 2).mean()
