@@ -232,6 +232,15 @@ def test_files_that_vanish_while_they_are_decoded(tmp_path: Path, screen: Screen
     assert str(tmp_path) in error.value.message
 
 
+def test_scattered_files_that_vanish_are_no_loss_of_the_set(tmp_path: Path, screen: Screen) -> None:
+    for i in range(4 * LOST_AFTER):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i:02}.png")
+    encoded = EncodedImages([str(tmp_path)])
+    for i in range(0, 4 * LOST_AFTER, 2):
+        (tmp_path / f"{i:02}.png").unlink()
+    assert len(decode_all(encoded, range(4 * LOST_AFTER), 8, screen)) == 2 * LOST_AFTER
+
+
 def test_a_sample_is_random_but_always_the_same(
     picture_folder: Path, load: Callable[..., Images], screen: Screen
 ) -> None:

@@ -295,7 +295,7 @@ def test_batches_are_decoded_before_they_are_asked_for(tmp_path: Path, stream: C
     streamed.encoded.decode = slow  # type: ignore[method-assign]
     with contextlib.closing(streamed.batches(torch.arange(6).split(1), CPU, ahead=2)) as batches:
         next(batches)
-        assert all(decoded.acquire(timeout=20) for _ in range(3))  # that one and two ahead
+        assert all(decoded.acquire(timeout=60) for _ in range(3))  # that one and two ahead
         assert not decoded.acquire(timeout=0.05)
 
 
