@@ -34,7 +34,7 @@ def learn_classes(
         DataLost: the files cannot be read any more.
     """
     embeddings, labels = _labelled_embeddings(teacher, sources, limit, console)
-    classes, y = torch.unique(labels, return_inverse=True)  # type: ignore[no-untyped-call]
+    classes, y = torch.unique(labels, return_inverse=True)
     if len(classes) < 2:
         raise InvalidRequest(f"{', '.join(sources)}: all labelled images are of one class; soft targets need 2 or more")
     x = embeddings.double()
