@@ -1,7 +1,7 @@
 """The numbers that fix an encoder's parameters. Imports no torch: settings are checked against it."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ CHOICES = (
 def architecture(choices: dict[str, Any]) -> EncoderConfig:
     """The encoder that `CHOICES` describe. Raises ValueError where they do not fit together."""
     backbone = choices.get("backbone", "vit-tiny")
+    if backbone not in get_args(Backbone):
+        raise ValueError(f"unknown backbone {backbone!r}; there are {', '.join(get_args(Backbone))}")
     given = {k: v for k, v in choices.items() if k in CHOICES and k != "backbone" and v is not None}
     if backbone.startswith("vit-"):
         return ViTConfig(**{**SIZES[backbone.removeprefix("vit-")], **given})

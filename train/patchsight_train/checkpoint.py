@@ -119,7 +119,10 @@ def _restore_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, tens
     for name, value in tensors.items():
         parameter, key = name.split("|")
         device = "cpu" if key == "step" and not parameters[parameter].is_cuda else parameters[parameter].device
-        states.setdefault(parameter, {})[key] = value.to(device)
+        value = value.to(device)
+        if value.shape == parameters[parameter].shape:  # in its memory layout: fused optimizers ignore strides
+            value = torch.empty_like(parameters[parameter], dtype=value.dtype).copy_(value)
+        states.setdefault(parameter, {})[key] = value
     for name, state in states.items():
         optimizer.state[parameters[name]] = state
 

@@ -121,8 +121,6 @@ class DINO(Objective):
     def after_update(self, when: When) -> None:
         momentum = cosine(when.progress, 1.0, self.settings.teacher_momentum, 1.0)
         move_average(self.teacher_parameters(), self.student_parameters(), momentum)
-        for ours, theirs in zip(self.teacher.buffers(), self.student.buffers(), strict=True):
-            ours.copy_(theirs)  # batch norm's statistics, where there are any
         m = self.settings.center_momentum
         self.center = m * self.center + (1 - m) * self.teacher_mean  # Eq. 4
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from patchsight_train.evaluation import Evaluation
 
 REPORT_EVERY_S = 60.0
+REPORT_SHARE = 50  # times as long as writing it took: reports grow with the run
 MOST_SKIPPED = 50  # steps in a row
 
 
@@ -71,7 +72,7 @@ class Trainer:
         self.detector = detector(settings, self.batch_size, self.steps_per_epoch)
         for line in self.metrics.lines() if self.metrics else []:
             self.detector.see(line["step"], line)
-        self.reported = time.monotonic()
+        self.report_due = time.monotonic() + REPORT_EVERY_S
         batches = self.images.batches(self.orders(), self.device)
         display = Display(self.console, self.total_steps, settings.epochs, self.steps_per_epoch, self.step)
         try:
@@ -90,7 +91,7 @@ class Trainer:
                 self.tensorboard.close()
             if self.metrics:
                 self.metrics.close()
-                write_report(self.run)
+        self.write_report()
         if self.collapsed:
             raise Collapsed(self.collapsed)
         if self.step < self.total_steps:
@@ -100,6 +101,14 @@ class Trainer:
     def asked_to_stop(self, interrupt: Interrupt) -> bool:
         """By a person, or by what the leader has seen; all ranks stop at the same step."""
         return distributed.any_rank(interrupt.asked or bool(self.collapsed), self.device)
+
+    def write_report(self) -> None:
+        """Where this rank is the one that writes."""
+        if self.leader:
+            start = time.monotonic()
+            write_report(self.run)
+            now = time.monotonic()
+            self.report_due = now + max(REPORT_EVERY_S, REPORT_SHARE * (now - start))
 
     def orders(self) -> Iterator[Tensor]:
         """From the current step on: which images this rank takes, int64 `(b,)`, of the epoch's own permutation."""
@@ -138,9 +147,8 @@ class Trainer:
             self.tensorboard.write(self.step, {**values, **evaluated})
         if warning:
             self.display.warn(warning)
-        if evaluated or warning or time.monotonic() - self.reported > REPORT_EVERY_S:
-            write_report(self.run)
-            self.reported = time.monotonic()
+        if evaluated or warning or time.monotonic() > self.report_due:
+            self.write_report()
         if warning and self.settings.on_collapse == "stop":
             self.collapsed = warning
 

@@ -10,6 +10,7 @@ import torchvision
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
+from patchsight_train import checkpoint
 from patchsight_train.architecture import ResNetConfig
 from patchsight_train.resnet import ResNet
 
@@ -129,6 +130,7 @@ import sys
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from patchsight_train import checkpoint
 from patchsight_train.architecture import ResNetConfig
 from patchsight_train.distributed import average_gradients, mean_over_ranks
 from patchsight_train.resnet import ResNet
@@ -173,3 +175,28 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():
             torch.testing.assert_close(found[name], value, atol=1e-10, rtol=1e-7, msg=name)
+
+
+def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path: Path) -> None:
+    """Weights and both moments of AdamW go on in the memory layout of the convolutions."""
+    x = images(6, 16, 16).float()
+
+    def made() -> tuple[ResNet, torch.optim.AdamW]:
+        torch.manual_seed(0)
+        resnet = ResNet(ResNetConfig(16, 18, "cifar"))
+        return resnet, torch.optim.AdamW(resnet.parameters(), lr=1e-3, fused=True)
+
+    def step(resnet: ResNet, optimizer: torch.optim.AdamW) -> None:
+        optimizer.zero_grad()
+        ((resnet(x) - 1) ** 2).mean().backward()
+        optimizer.step()
+
+    through = made()
+    step(*through)
+    checkpoint.save(tmp_path, 1, *through)
+    resumed = made()
+    checkpoint.restore(checkpoint.load(tmp_path), *resumed, tmp_path)
+    for run in (through, resumed):
+        step(*run)
+    for (name, a), b in zip(through[0].state_dict().items(), resumed[0].state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
