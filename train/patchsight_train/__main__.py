@@ -14,6 +14,7 @@ from patchsight_train.settings import TrainSettings
 if TYPE_CHECKING:
     from rich.console import Console
 
+SAMPLE = 2048  # images that the label-free measures look at
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 USAGE = """usage: patchsight-train OBJECTIVE --data SOURCE [settings]
 
@@ -82,9 +83,11 @@ def train(settings: TrainSettings) -> Path:
         if settings.knn_every and leader:
             size = settings.image_size
             probe = load_probe(
-                settings.data, settings.knn_test, size, settings.knn_gallery, settings.knn_queries, console
-            )
-            evaluation = Evaluation(sample_images(settings.data, size, 2048, console), probe, run)
+                settings.data, settings.knn_test, size, settings.knn_gallery, settings.knn_queries, console,
+                settings.limit,
+            )  # fmt: skip
+            sample = sample_images(settings.data, size, SAMPLE, console, settings.limit)
+            evaluation = Evaluation(sample, probe, run)
         if leader:
             open_run(run, config_of(settings))
         torch.manual_seed(settings.seed)

@@ -46,7 +46,6 @@ class Trainer:
         settings: TrainSettings, run: Path, console: Console,
     ) -> None:  # fmt: skip
         self.settings, self.run, self.console, self.evaluation = settings, run, console, evaluation
-        self.images = images
         self.batch_size = _batch_size(len(images), settings.batch_size)
         self.steps_per_epoch = len(images) // self.batch_size
         self.total_steps = settings.epochs * self.steps_per_epoch
@@ -54,6 +53,7 @@ class Trainer:
         dtype = pick_precision(settings.precision, device)
         self.updater = Updater(objective, settings, device, dtype, self.total_steps, self.steps_per_epoch)
         self.objective, self.device = self.updater.objective, device
+        self.images = images.on_device(device)
         self.leader = distributed.rank() == 0  # the rank that writes
         self.step = self.skipped_in_a_row = 0
         self.collapsed = ""  # why the run is to stop
