@@ -6,6 +6,8 @@ point where the teacher's does: by the cosine, as embeddings are compared later 
 teacher's.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from patchsight_train.device import pick_device
 from patchsight_train.distributed import mean_over_ranks
 from patchsight_train.encoder import Encoder, default_pooling
-from patchsight_train.objective import Metrics, Objective
+from patchsight_train.objective import Metrics, Objective, When
 from patchsight_train.objective_settings import DistillationSettings
 from patchsight_train.randomness import Randomness
 from patchsight_train.teacher import Teacher
@@ -32,16 +34,23 @@ class Distillation(Objective):
         self.view = View(size=encoder.config.image_size, scale=settings.crop_scale)
 
     def views(self, images: Tensor, random: Randomness) -> list[Tensor]:
-        """The view, and the teacher's embedding of it less the batch's mean, float32 `(b, D_t)`.
+        return [augment(images, self.view, random)]
 
-        Embeddings of one encoder share most of their direction: of the teacher that ships, a student that gives every
-        picture the same answer would have a cosine of 0.94. Less their mean, it has 0.
+    def parts(self, views: list[Tensor], when: When) -> Iterator[tuple[Tensor, Metrics]]:
+        (x,) = views
+        return super().parts([x, self.targets(x)], when)
+
+    def targets(self, x: Tensor) -> Tensor:
+        """The teacher's embeddings of this rank's `(b, 3, S, S)` less their mean over all ranks, float32 `(b, D_t)`.
+
+        Embeddings of one encoder share most of their direction: with the teacher that ships, a student that answers the
+        same to every picture has a cosine of 0.94. Less the mean, it has 0.
         """
-        x = augment(images, self.view, random)
         target = self.teacher(x)
-        return [x, target - mean_over_ranks(target.mean(dim=0))]
+        return target - mean_over_ranks(target.mean(dim=0))
 
     def loss(self, views: list[Tensor]) -> tuple[Tensor, Metrics]:
+        """Of a view and its targets."""
         x, target = views
         return cosine_distance(self.regressor(self.encoder.pooled(x, self.pooling)), target), {}
 

@@ -44,15 +44,19 @@ class SoftTargets(Objective):
         self.view = View(size=encoder.config.image_size, scale=settings.crop_scale)
 
     def views(self, images: Tensor, random: Randomness) -> list[Tensor]:
-        """The view, and the teacher's logits v of it, float32 `(B, K)`."""
-        x = augment(images, self.view, random)
-        return [x, F.linear(self.teacher(x), self.teacher_weight, self.teacher_bias)]
+        return [augment(images, self.view, random)]
 
     def loss(self, views: list[Tensor]) -> tuple[Tensor, Metrics]:
         """Also the share of images for which teacher and student choose the same class."""
-        x, v = views
+        (x,) = views
+        v = self.teacher_logits(x)
         z = self.classifier(self.encoder.pooled(x, self.pooling))
         return soft_target_loss(z, v, self.temperature), {"agreement": (z.argmax(1) == v.argmax(1)).float().mean()}
+
+    def teacher_logits(self, x: Tensor) -> Tensor:
+        """v: normalized images `(B, 3, S, S)` to float32 `(B, K)`."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(self.teacher(x), self.teacher_weight, self.teacher_bias)
 
 
 def soft_target_loss(z: Tensor, v: Tensor, T: float) -> Tensor:

@@ -10,11 +10,12 @@ from torch import Generator, Tensor
 from patchsight_train import distillation
 from patchsight_train.data import Images
 from patchsight_train.distillation import Distillation, cosine_distance
-from patchsight_train.objective import Objective
+from patchsight_train.objective import Objective, When
 
 Make = Callable[..., Objective]
 Views = Callable[..., list[Tensor]]
 BUNDLE = Path(__file__).resolve().parents[3] / "model_repository" / "simclr-vit-cifar10"
+NOW = When(1.0, 0.5)
 RESNET: dict[str, Any] = {"backbone": "resnet18", "width": None, "depth": None, "heads": None}
 
 
@@ -47,14 +48,16 @@ def test_loss_is_that_of_the_teachers_embedding_of_the_same_view(
     choices: dict[str, Any], student: Callable[..., Distillation], views: Views
 ) -> None:
     model = student(**choices).eval()
-    x, target = views(model)
+    (x,) = views(model)
     seen = model.teacher(x)
-    torch.testing.assert_close(target, seen - seen.mean(dim=0))
+    target = seen - seen.mean(dim=0)
     tokens = model.encoder(x)
     pooled = tokens.mean(dim=1) if choices is RESNET else tokens[:, 0]
     predicted = pooled @ model.regressor.weight.T + model.regressor.bias
     expected = sum(1 - F.cosine_similarity(predicted[i], target[i], dim=0) for i in range(20)) / 20
-    torch.testing.assert_close(model.loss([x, target])[0], expected, atol=1e-6, rtol=0)
+    ((loss, metrics),) = model.parts([x], NOW)
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=0)
+    assert torch.equal(loss, metrics["loss"])
 
 
 def test_the_same_answer_for_every_picture_is_worth_nothing(
@@ -62,8 +65,8 @@ def test_the_same_answer_for_every_picture_is_worth_nothing(
 ) -> None:
     """As the teacher's embeddings are, a constant would do well."""
     model = student()
-    x, target = views(model, pixels=photos.pixels[::2])
-    seen = model.teacher(x)
+    (x,) = views(model, pixels=photos.pixels[::2])
+    seen, target = model.teacher(x), model.targets(x)
     assert cosine_distance(seen.mean(dim=0).expand_as(seen), seen) < 0.15
     for direction in (seen.mean(dim=0), target[0], torch.ones(128)):
         assert abs(cosine_distance(direction.expand_as(target), target) - 1) < 0.15
@@ -72,12 +75,19 @@ def test_the_same_answer_for_every_picture_is_worth_nothing(
 def test_the_mean_is_that_of_all_ranks(
     student: Callable[..., Distillation], views: Views, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Two ranks, of which the other one's mean is 7 in every channel."""
     model = student()
-    x, _ = views(model)
-    total = torch.full((128,), 7.0)
-    monkeypatch.setattr(distillation, "mean_over_ranks", lambda mean: (mean + total) / 2)
+    (x,) = views(model)
+    monkeypatch.setattr(distillation, "mean_over_ranks", lambda mean: (mean + 7) / 2)
     seen = model.teacher(x)
-    torch.testing.assert_close(views(model)[1], seen - (seen.mean(dim=0) + 7) / 2)
+    torch.testing.assert_close(model.targets(x), seen - (seen.mean(dim=0) + 7) / 2)
+
+
+def test_views_alone_ask_no_teacher(student: Callable[..., Distillation], views: Views) -> None:
+    """One rank draws them by itself, for people to look at: there it may neither wait for others nor pay for these."""
+    model = student()
+    model.teacher = None  # type: ignore[assignment]
+    assert [x.shape for x in views(model)] == [(20, 3, 16, 16)]
 
 
 def test_the_teacher_is_no_part_of_the_checkpoint(student: Callable[..., Distillation]) -> None:
@@ -115,5 +125,5 @@ def test_a_smaller_student_learns_from_photos(
     before, _ = learn("distillation", pixels, 0, **choices)
     after, _ = learn("distillation", pixels, 30, **choices)
     with torch.no_grad():
-        distances = [model.loss(views(model, 9, pixels))[0].item() for model in (before, after)]
+        distances = [next(model.parts(views(model, 9, pixels), NOW))[0].item() for model in (before, after)]
     assert distances[1] < 0.7 < 0.9 < distances[0]
