@@ -1,7 +1,10 @@
 """Real photos, pictures on disk, and a trainer of a tiny encoder. One thread, on any machine."""
 
 import io
+import multiprocessing
+import runpy
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +70,22 @@ def pictures() -> Tensor:
     return torch.stack([noise, torch.stack([x, y, 1 - x]), gray, torch.zeros_like(noise), torch.ones_like(noise), red])
 
 
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., dict[str, Any]]:
+    """`tiny("mae", **changes)`: all that is chosen for a tiny encoder and head, three epochs."""
+
+    def tiny(objective: str, **changes: Any) -> dict[str, Any]:
+        return {"data": ["unread"]} | TINY | SMALL_HEADS.get(objective, {}) | changes
+
+    return tiny
+
+
 @pytest.fixture
-def settings() -> Callable[..., TrainSettings]:
-    """`settings("mae", **changes)`: a tiny encoder and head, three epochs."""
+def settings(tiny: Callable[..., dict[str, Any]]) -> Callable[..., TrainSettings]:
+    """`settings("mae", **changes)`: the settings of that."""
 
     def settings(objective: str, **changes: Any) -> TrainSettings:
-        return SETTINGS[objective](**{"data": ["unread"]} | TINY | SMALL_HEADS.get(objective, {}) | changes)
+        return SETTINGS[objective](**tiny(objective, **changes))
 
     return settings
 
@@ -176,3 +189,36 @@ def picture_folder(tmp_path: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20, 16, 3), dtype=np.uint8)).save(folder / f"{i:02}.png")
     return root
+
+
+@pytest.fixture
+def forked(tmp_path: Path) -> Iterator[Callable[[str], BaseProcess]]:
+    """`forked(code)`: a process that runs this Python code, forked from one that has imported torch already, which
+    takes longer than a small training. Its output goes to `tmp_path / "output"`."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(
+        [
+            "patchsight_train.__main__",
+            "patchsight_train.loop",
+            "patchsight_train.build",
+            "patchsight_train.evaluation",
+            "patchsight_train.defaults",
+            "torch._dynamo",
+        ]
+    )
+    started: list[BaseProcess] = []
+
+    def forked(code: str) -> BaseProcess:
+        script = tmp_path / f"forked{len(started)}.py"
+        script.write_text(
+            f"import sys\nsys.stdout = sys.stderr = open({str(tmp_path / 'output')!r}, 'a', buffering=1)\n{code}"
+        )
+        process = processes.Process(target=runpy.run_path, args=(str(script),))
+        process.start()
+        started.append(process)
+        return process
+
+    yield forked
+    for process in started:
+        process.kill()
+        process.join()
