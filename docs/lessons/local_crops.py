@@ -19,10 +19,10 @@ from patchsight_train.views import eval_view
 from patchsight_train.vit import ViT
 
 SEEDS = (0, 1)
-ARMS = {"2 global": {"local_crops": 0}, "2 global + 4 local": {"local_crops": 4}}
+ARMS = {"2 global": {"local_crops": 0}, "2 global + 2 local": {"local_crops": 2}}
 COMMON = {
-    "prototypes": 1024, "head_hidden": 256, "bottleneck": 64, "batch_size": 64, "lr": 5e-4, "teacher_momentum": 0.99,
-    "epochs": 6, "warmup_epochs": 1,
+    "stem": "conv", "prototypes": 1024, "head_hidden": 256, "bottleneck": 64, "batch_size": 64, "lr": 2e-4, "epochs": 5,
+    "warmup_epochs": 1, "teacher_momentum": 0.99, "final_weight_decay": 0.1,
 }  # fmt: skip
 GRID, HALF = 8, 4  # patches a side, and those of the pasted picture
 

@@ -24,6 +24,7 @@ COMMON = {"stem": "conv", "projection_hidden": 512, "epochs": 4, "crop_scale": (
 def measured(objective: Objective, images: torch.Tensor) -> dict[str, float]:
     """Alignment of the two views' projections and uniformity of all: where the loss is taken. Low is good in both."""
     assert isinstance(objective, SimCLR)
+    objective.head.train()  # batch norm by the batch, as the loss sees it
     views = objective.views(images, Randomness(Generator().manual_seed(1)))
     z = [F.normalize(objective.head(objective.encoder.pooled(v, objective.pooling)), dim=1) for v in views]
     return {"alignment": alignment(*z), "uniformity": uniformity(torch.cat(z))}
@@ -43,7 +44,7 @@ def main() -> None:
     for temperature, runs in results.items():
         x, y = ([run[name] for run in runs.values()] for name in ("alignment", "uniformity"))
         plane.plot(x, y, "o", label=f"τ = {temperature}")
-        plane.annotate(f"τ = {temperature}", (mean(x), mean(y)), xytext=(8, 0), textcoords="offset points", fontsize=9)
+        plane.annotate(f"τ = {temperature}", (x[0], y[0]), xytext=(8, 0), textcoords="offset points", fontsize=9)
     plane.set(xlabel="alignment: distance² of two views of a picture", ylabel="uniformity: lower is more spread")
     plane.margins(x=0.2)
     for name in ("linear", "knn"):
