@@ -84,6 +84,8 @@ def architecture(choices: dict[str, Any]) -> EncoderConfig:
         raise ValueError(f"unknown backbone {backbone!r}; there are {', '.join(get_args(Backbone))}")
     given = {k: v for k, v in choices.items() if k in CHOICES and k != "backbone" and v is not None}
     if backbone.startswith("vit-"):
+        if given.get("stem", "patch") not in ("patch", "conv"):
+            raise ValueError(f"{backbone} has no stem {given['stem']!r}; its stems are patch and conv")
         return ViTConfig(**{**SIZES[backbone.removeprefix("vit-")], **given})
     size = given["image_size"]
     stem = given.get("stem", "cifar" if size <= 64 else "imagenet")

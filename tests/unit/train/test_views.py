@@ -62,7 +62,10 @@ def test_pictures_cut_one_by_one_are_those_of_pillow(S: int, filter: str) -> Non
     for picture, (top, left, h, w), flip, view in zip(images, boxes.tolist(), flips.tolist(), found, strict=True):
         box = to_pil_image(picture).crop((left, top, left + w, top + h))
         theirs = pil_to_tensor(box.resize((S, S), getattr(Image.Resampling, filter.upper())))
-        assert ((view.flip(-1) if flip else view) * 255 - theirs).abs().max() < 1.01  # levels of 255
+        off = ((view.flip(-1) if flip else view) * 255 - theirs).abs()  # levels of 255
+        # Both cut bicubic's overshoot between the axes, but Pillow takes the axis that shrinks first.
+        assert (off > 1.01).float().mean() < (0.02 if filter == "bicubic" else 1e-9)
+        assert off.mean() < 0.5
     exact = resized_crop(images.float() / 255, boxes, S, filter, flips).clamp(0, 1)
     assert (found - exact).abs().mean() < 1 / 255  # rounded and cut to 0..1 between the axes, as Pillow does
     assert torch.equal(cut(images, boxes, S, filter, flips), found)
