@@ -57,7 +57,9 @@ class TrainSettings(CommandSettings):
     batch_size: Annotated[int, Field(ge=2)] = Field(
         512, description="images a step, over all ranks (default: likewise)"
     )
-    micro_batch: Positive | None = Field(None, description="images a forward: less memory, the same numbers (but for batch norm's)")
+    micro_batch: Positive | None = Field(
+        None, description="images a forward: less memory, the same numbers (but for batch norm's)"
+    )
     recompute: bool = Field(False, description="activation checkpointing of ViTs: less memory, a third more work")
     compile: bool = Field(False, description="torch.compile the encoder's blocks")
     resident: bool | None = Field(None, description="keep all pictures decoded in memory (default: where they fit)")
