@@ -39,7 +39,6 @@ def speed(operations: float) -> Any:
 LAPTOP = Machine("2 CPU threads", 0, 8e9, speed(1.4e9))  # 330 views a second of the CPU's ViT at 64 px: measured
 SMALL_GPU = Machine("a small GPU", 8e9, 16e9, speed(2e11))
 LARGE_GPU = Machine("a large GPU", 80e9, 128e9, speed(4e12))
-MACHINES = [LAPTOP, SMALL_GPU, LARGE_GPU]
 
 
 def found(count: int, width: int, height: int) -> Survey:
@@ -71,9 +70,12 @@ def test_every_objective_is_tried() -> None:
     assert set(OBJECTIVES) == SETTINGS.keys()
 
 
-@pytest.mark.parametrize("machine", MACHINES, ids=lambda m: m.name)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    ("objective", "kind", "machine"),
+    [(objective, kind, machine) for objective in ("mae", "dino") for kind in KINDS for machine in (LAPTOP, LARGE_GPU)]
+    + [(objective, "photos", SMALL_GPU) for objective in OBJECTIVES]
+    + [(objective, "icons", LAPTOP) for objective in OBJECTIVES if objective not in ("mae", "dino")],
+)
 def test_anything_gives_settings_that_fit(objective: str, kind: str, machine: Machine) -> None:
     data = KINDS[kind]
     chosen, lines = choose(settings(objective), data, machine)
@@ -104,9 +106,9 @@ GIVEN: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("machine", MACHINES, ids=lambda m: m.name)
+@pytest.mark.parametrize("machine", [LAPTOP, LARGE_GPU])
 @pytest.mark.parametrize("given", GIVEN, ids=str)
-@pytest.mark.parametrize("objective", ["mae", "simclr", "dino", "swav"])
+@pytest.mark.parametrize("objective", ["mae", "dino"])
 def test_what_is_given_stays_and_the_rest_adapts(objective: str, given: dict[str, Any], machine: Machine) -> None:
     chosen, lines = choose(settings(objective, **given), PHOTOS, machine)
     assert {name: getattr(chosen, name) for name in given} == given
