@@ -51,7 +51,7 @@ def batches(settings: TrainSettings, folder: Path, workers: int) -> Iterator[lis
     )  # fmt: skip
     while True:
         for views, *_ in loader:
-            yield views
+            yield views if isinstance(views, list) else [views]
 
 
 def build(settings: TrainSettings, ours: Objective) -> tuple[Step, Callable[[], None], list[nn.Parameter]]:
@@ -72,7 +72,7 @@ def mae(ours: Objective) -> tuple[Step, Callable[[], None], list[nn.Parameter]]:
     assert isinstance(ours, MAE)
 
     def step(views: list[Tensor]) -> Tensor:
-        noise = torch.rand(len(views[0]), ours.encoder.config.grid**2)
+        noise = torch.rand(len(views[0]), ours.encoder.config.grid**2, device=views[0].device)
         return ours.loss([views[0], noise])[0]
 
     return step, lambda: None, list(ours.parameters())

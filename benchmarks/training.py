@@ -113,7 +113,8 @@ def lightly(settings: TrainSettings, folder: Path) -> tuple[float, float]:
 
     device = pick_device("auto")
     dtype = pick_precision("auto", device)
-    step, after, parameters = lightly_steps.build(settings, build(settings))
+    with device:
+        step, after, parameters = lightly_steps.build(settings, build(settings))
     trained = [p for p in parameters if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.lr, fused=True)
     clock = Clock()
@@ -121,7 +122,7 @@ def lightly(settings: TrainSettings, folder: Path) -> tuple[float, float]:
         if not clock.tick():
             break
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            loss = step(views if isinstance(views, list) else [views])
+            loss = step([view.to(device, non_blocking=True) for view in views])
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trained, settings.clip_grad)
@@ -141,7 +142,7 @@ def bare(settings: TrainSettings, folder: Path) -> tuple[float, float]:  # noqa:
     clock = Clock()
     while clock.tick():
         updater.optimizer.zero_grad()
-        updater.backward(views, When(0.5, 0.5))
+        updater.backward(views, When(0.5, 0.5))["loss"].item()
     return clock.rate(settings.batch_size), 0.0
 
 
