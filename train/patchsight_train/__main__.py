@@ -29,7 +29,7 @@ USAGE = """usage: patchsight-train OBJECTIVE --data SOURCE [settings]
 
 SOURCE is a folder of images or Parquet. patchsight-train OBJECTIVE --help lists the settings of each;
 what is not given is picked by the data and the device, and said. Several GPUs:
-torchrun --nproc-per-node N -m patchsight_train OBJECTIVE …"""
+torchrun --nproc-per-node N -m -- patchsight_train OBJECTIVE …"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
