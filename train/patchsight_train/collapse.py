@@ -25,7 +25,8 @@ class Signature:
 
     bounds: the least and the greatest value of each metric; the signature holds where all are within.
     lasting: it must hold for the detector's patience, the metrics being those of one batch. Else once is enough, as for
-    those of an evaluation, which are of many images.
+    those of an evaluation, which are of many images. Of several lasting ones the first is named: the others only say
+    the same in other words.
     """
 
     bounds: dict[str, tuple[float, float]]
@@ -63,7 +64,12 @@ class CollapseDetector:
         seen = {**values, "loss_change": abs(self.loss - before)}
         if "teacher_entropy" in values:  # how much the teacher's answer tells of the picture: mutual information, nats
             seen["teacher_information"] = values["teacher_mean_entropy"] - values["teacher_entropy"]
-        return "\n".join([watch.signature.text(seen) for watch in self.watches if watch.begins(seen)]) or None
+        return "\n".join([watch.signature.text(seen) for watch in self.watches if self.is_news(watch, seen)]) or None
+
+    def is_news(self, watch: "_Watch", values: Mapping[str, float]) -> bool:
+        """True when a signature begins that is not covered by one that was named."""
+        named = [other for other in self.watches if other.named and other.signature.lasting]
+        return watch.begins(values) and not (named and watch.signature.lasting)
 
 
 class _Watch:

@@ -51,7 +51,7 @@ def signatures(settings: TrainSettings, batch_size: int) -> list[Signature]:
 def _of_objective(settings: TrainSettings, batch_size: int) -> list[Signature]:
     match settings:
         case DINOSettings():
-            return [_uniform(settings), _one_class(settings, batch_size), _same_answer(settings, batch_size)]
+            return [_uniform(settings), _one_class(settings, batch_size), _same_answer(settings)]
         case SwAVSettings():
             return [_flat_codes(settings)]
         case SimCLRSettings():
@@ -77,23 +77,19 @@ def _uniform(s: DINOSettings) -> Signature:
 
 def _one_class(s: DINOSettings, batch_size: int) -> Signature:
     """The mean target of the batch has little entropy: few prototypes are used at all."""
+    most = math.log(min(s.prototypes, batch_size))  # a sharp teacher that tells all images apart has that
     return Signature(
-        {"teacher_mean_entropy": (0, _few(s, batch_size)), "loss": (0, math.log(s.prototypes) / 4)},
+        {"teacher_mean_entropy": (0, most / 4), "loss": (0, math.log(s.prototypes) / 4)},
         "The teacher sees the same few prototypes in every picture: nothing need be learned to agree with it",
         _remedy(s, f"Fewer prototypes: {_change(s, prototypes=max(s.prototypes // 4, 64))}, or {_slower_teacher(s)}"),
     )
 
 
-def _few(s: DINOSettings, batch_size: int) -> float:
-    """A fourth of the entropy that the mean of a sharp teacher has if it tells all images apart."""
-    return math.log(min(s.prototypes, batch_size)) / 4
-
-
-def _same_answer(s: DINOSettings, batch_size: int) -> Signature:
-    """Neither of the two above, but the teacher's answer does not depend on the picture."""
+def _same_answer(s: DINOSettings) -> Signature:
+    """Neither quite of the two above, but its answer does not depend on the picture."""
     return Signature(
-        {"teacher_information": (-ANY, 0.02), "teacher_entropy": (_few(s, batch_size), 0.99 * math.log(s.prototypes))},
-        "The teacher answers the same to every picture",
+        {"teacher_information": (-ANY, 0.02), "teacher_entropy": (0, ANY)},
+        "The teacher answers the same to every picture: there is nothing to learn from it",
         _remedy(s, f"Sharpen it: {_change(s, teacher_temperature=s.teacher_temperature / 2)}, or {_slower_teacher(s)}"),
     )
 

@@ -84,6 +84,17 @@ def test_the_change_of_the_loss_and_what_a_teacher_tells_are_derived() -> None:
     )
 
 
+def test_of_the_lasting_ones_the_first_is_named_until_it_is_left() -> None:
+    small = Signature({"loss": (0, 0.6)}, "The loss is small", "Try --lr 3")
+    detector = CollapseDetector([small, LOW], 10)
+    texts = [detector.see(step, {"loss": loss}) for step, loss in enumerate([0.5] * 20 + [0.9] * 20 + [1.5] * 20, 1)]
+    assert [step for step, text in enumerate(texts, 1) if text] == [9]
+    assert "small" in (texts[8] or "")
+    again = [detector.see(step, {"loss": 0.9}) for step in range(61, 81)]
+    assert [step for step, text in enumerate(again, 61) if text] == [69]
+    assert "low" in (again[8] or "")
+
+
 def test_what_begins_at_the_same_step_is_all_said() -> None:
     detector = CollapseDetector([LOW, POINT], 1)
     text = detector.see(1, {"loss": 0.5, "rankme": 1.0, "feature_std": 0.0})
