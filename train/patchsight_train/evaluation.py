@@ -129,7 +129,7 @@ class Evaluation:
         scores, index = similarity.topk(min(NEIGHBORS, len(z) - 1), dim=1)
         pixels = self.sample.pixels
         names = [self.name(i) for i in chosen.tolist()], [[self.name(i) for i in row] for row in index.tolist()]
-        return neighbor_sheet(pixels[chosen] / 255, pixels[index] / 255, scores, *names)
+        return neighbor_sheet(pixels[chosen].cpu() / 255, pixels[index].cpu() / 255, scores, *names)
 
     def name(self, i: int) -> str:
         """The class of the sample's image i; "" where it is not known."""

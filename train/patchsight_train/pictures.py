@@ -11,7 +11,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch import Tensor
 PAPER, INK, SOFT, RIGHT, WRONG = "#17151a", "#f1ede8", "#a39c94", "#5fbf77", "#f2694f"
 WIDTH = 1080  # of a sheet, pixels, about; a report shows it at half of that, so text is large
 TILE = 128  # side of a picture, about
+MOST_HEADS = 8  # side by side
 MARGIN, GAP, CLOSE, FRAME = 28, 16, 6, 4
 TEXT, LINE = 20, 26  # font size, and a line's height
 
@@ -60,7 +60,7 @@ def view_sheet(pictures: Tensor, views: Sequence[Tensor]) -> Image.Image:
 
 def reconstruction_sheet(pictures: Tensor, masked: Tensor | None, reconstructions: Tensor) -> Image.Image:
     """A row for each picture: the original, what the encoder saw of it (where anything was hidden), what came back."""
-    columns = [("original", pictures), ("reconstruction", reconstructions)]
+    columns = [("original", pictures), ("rebuilt", reconstructions)]
     if masked is not None:
         columns.insert(1, ("visible", masked))
     scale = scale_for(pictures.shape[-1], 2 * len(columns))
@@ -71,14 +71,15 @@ def reconstruction_sheet(pictures: Tensor, masked: Tensor | None, reconstruction
 def attention_sheet(pictures: Tensor, attention: Tensor) -> Image.Image:
     """A row for each picture: itself, and over it the mean and each head of `attention`, `(N, heads, h, w)`."""
     heads = attention.shape[1]
-    maps = attention if heads == 1 else torch.cat([attention.mean(dim=1, keepdim=True), attention], dim=1)
-    scale = scale_for(pictures.shape[-1], maps.shape[1] + 1)
-    names = ["mean"] * (heads > 1) + [f"head {i + 1}" for i in range(heads)]
-    rows = [
-        [Cell(picture), *(Cell(overlay(picture, one)) for one in of_heads)]
-        for picture, of_heads in zip(_images(pictures, scale), maps, strict=True)
-    ]
-    return sheet(["picture", *names], rows)
+    lines = -(-heads // MOST_HEADS)
+    scale = scale_for(pictures.shape[-1], 2 + -(-heads // lines))
+    rows = []
+    for picture, maps in zip(_images(pictures, scale), attention, strict=True):
+        row = [picture] if heads == 1 else [picture, overlay(picture, maps.mean(dim=0))]
+        shown = [overlay(picture, one) for one in maps]
+        rows.append([Cell(image) for image in (*row, *(shown if lines == 1 else [mosaic(shown, lines)]))])
+    names = [f"head {i + 1}" for i in range(heads)] if lines == 1 else [f"{heads} heads"]
+    return sheet(["picture", *["mean"] * (heads > 1), *names], rows)
 
 
 def neighbor_sheet(
@@ -150,7 +151,7 @@ def sheet(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Image.Image
     for first in range(0, len(rows), length):
         x, y = MARGIN + first // length * (table - MARGIN), top
         for i, header in enumerate(headers):
-            room = (lefts[i + 1] if i + 1 < len(headers) else table) - lefts[i] - CLOSE
+            room = (lefts[i + 1] if i + 1 < len(headers) else table - MARGIN) - lefts[i] - CLOSE
             _write(out, x + lefts[i], MARGIN, header.split("\n"), room)
         for row, height in zip(rows[first : first + length], heights[first : first + length], strict=True):
             for left, cell in zip(lefts, row, strict=True):

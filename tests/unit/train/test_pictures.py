@@ -148,18 +148,18 @@ def test_attention_glows_where_it_is_high() -> None:
     assert np.array_equal(np.asarray(overlay(picture, 100 * attention)), shown)
 
 
-@pytest.mark.parametrize(("heads", "maps"), [(1, 1), (3, 4)])
-def test_each_head_has_a_column_and_several_have_a_mean(heads: int, maps: int, generator: Generator) -> None:
+@pytest.mark.parametrize(("heads", "times", "lines"), [(1, 16, 1), (3, 16, 1), (6, 14, 1), (12, 14, 2)])
+def test_each_head_is_shown_and_of_several_the_mean(heads: int, times: int, lines: int, generator: Generator) -> None:
     pictures = torch.rand(2, 3, 8, 8, generator=generator)
     attention = torch.rand(2, heads, 4, 4, generator=generator)
     image = attention_sheet(pictures, attention)
+    assert image.width <= WIDTH * 1.1
     for i in range(2):
-        shown = Image.fromarray(enlarged(pictures[i], 16))
+        shown = Image.fromarray(enlarged(pictures[i], times))
         expected = [attention[i].mean(dim=0)] * (heads > 1) + list(attention[i])
-        assert len(expected) == maps
         row = [place(image, np.asarray(x)) for x in (shown, *(overlay(shown, one) for one in expected))]
-        assert row == sorted(row)
-        assert len({y for _, y in row}) == 1
+        assert row == sorted(row, key=lambda at: (at[1], at[0]))
+        assert len({y for _, y in row}) == lines
 
 
 def test_numbers_that_are_not_finite_are_no_obstacle() -> None:
