@@ -42,7 +42,8 @@ def learn_classes(
     deviation = deviation.clamp(min=1e-6 * float(x.abs().max()))  # a constant channel must not be blown up
     W, b = logistic_regression((x - mean) / deviation, y, len(classes), 1 / len(x))
     W = W / deviation  # of the embedding as it is
-    console.print(f"{teacher.manifest.name} learned {len(classes)} classes from {len(x):,} labelled images")
+    learned = f"{teacher.manifest.name} learned {len(classes)} classes from {len(x):,} labelled images"
+    console.print(learned, soft_wrap=True, highlight=False, markup=False)
     return W.float(), (b - W @ mean).float()
 
 

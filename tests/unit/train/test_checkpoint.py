@@ -17,13 +17,13 @@ Advance = Callable[[Trainer, int], list[dict[str, float]]]
 
 
 def save(trainer: Trainer) -> None:
-    checkpoint.save(trainer.run, trainer.step, trainer.objective, trainer.optimizer)
+    checkpoint.save(trainer.run, trainer.step, trainer.objective, trainer.updater.optimizer)
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
     """Everything that is trained, by name: parameters, buffers, and the optimizer's moments and step counts."""
     names = {p: n for n, p in trainer.objective.named_parameters()}
-    moments = {f"{names[p]} {k}": v for p, state in trainer.optimizer.state.items() for k, v in state.items()}
+    moments = {f"{names[p]} {k}": v for p, state in trainer.updater.optimizer.state.items() for k, v in state.items()}
     return dict(trainer.objective.state_dict()) | moments
 
 
@@ -58,7 +58,7 @@ def test_files_hold_everything_by_name(trainer: Make, random_pixels: Tensor, adv
 
 
 def test_two_are_kept(trainer: Make, random_pixels: Tensor, advance: Advance) -> None:
-    learner = trainer("mae", random_pixels)
+    learner = trainer("mae", random_pixels, epochs=10)
     for _ in range(11):
         advance(learner, 1)
         save(learner)

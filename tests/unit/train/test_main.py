@@ -3,14 +3,25 @@ from pathlib import Path
 import pytest
 
 from patchsight_train import checkpoint
-from patchsight_train.__main__ import USAGE, build, main
+from patchsight_train.__main__ import USAGE, main
+from patchsight_train.build import build
 from patchsight_train.dino import DINO
 from patchsight_train.mae import MAE
+from patchsight_train.objective_settings import SETTINGS
 from patchsight_train.run import read_config
-from patchsight_train.settings import SETTINGS
 from patchsight_train.simclr import SimCLR
 
 TINY = ["--image-size=16", "--width=16", "--depth=1", "--heads=2", "--batch-size=4", "--epochs=1", "--device=cpu"]
+
+
+TEACHER = f"--teacher={Path(__file__).resolve().parents[3] / 'model_repository' / 'simclr-vit-cifar10'}"
+HEADS = {
+    "simclr": ["--projection-hidden=32"],
+    "dino": ["--prototypes=32", "--head-hidden=32", "--local-crops=1"],
+    "swav": ["--prototypes=32", "--projection-hidden=32", "--local-crops=1"],
+    "distillation": [TEACHER],
+    "soft_targets": [TEACHER],
+}
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str, status: int) -> str:
@@ -25,14 +36,15 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str, status: int) -> s
 def test_trains_and_leaves_a_run_folder(
     objective: str, picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    heads = {"simclr": ["--projection-hidden=32"], "dino": ["--prototypes=32", "--head-hidden=32"], "mae": []}
     run = tmp_path / "run"
-    main([objective, f"--data={picture_folder}", f"--run={run}", *TINY, *heads[objective], "--knn-every=1"])
-    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.toml", "metrics.jsonl"]
+    main([objective, f"--data={picture_folder}", f"--run={run}", *TINY, *HEADS.get(objective, []), "--knn-every=1"])
+    left = ["checkpoints", "config.toml", "metrics.jsonl", "pictures", "report.html"]
+    assert sorted(p.name for p in run.iterdir()) == left
     assert checkpoint.complete(run) == [3]
     assert read_config(run)["objective"] == objective
     said = capsys.readouterr().out
-    assert "12 images · 3 steps of 4" in said
+    assert "picked:" in said
+    assert "kept in memory" in said
     assert "20-NN" in said
 
 
@@ -54,7 +66,7 @@ def test_failures_say_what_is_wrong_and_leave_no_run(tmp_path: Path, capsys: pyt
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "1.jpg").write_bytes(b"no image")
-    for name, said in [("missing", "no such folder"), ("empty", "no image in this"), ("bad", "none of the 1 images")]:
+    for name, said in [("missing", "no such folder"), ("empty", "no image in this"), ("bad", "none of 1 images")]:
         assert said in fails(capsys, "mae", f"--data={tmp_path / name}", *TINY, status=1)
     assert not Path("runs").exists()
 

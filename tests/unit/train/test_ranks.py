@@ -22,7 +22,14 @@ def train(objective: str, pictures: Path, run: Path, epochs: int, ranks: int) ->
     """By the command; the metrics of all steps."""
     # Without the --, torchrun takes --run for one of its own options.
     how = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "--"]
-    line = [sys.executable, *(how if ranks > 1 else ["-m"]), "patchsight_train", objective, f"--data={pictures}", f"--run={run}"]
+    line = [
+        sys.executable,
+        *(how if ranks > 1 else ["-m"]),
+        "patchsight_train",
+        objective,
+        f"--data={pictures}",
+        f"--run={run}",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*line, f"--epochs={epochs}", *TINY, *OWN[objective]],

@@ -8,8 +8,9 @@ import pytest
 
 from patchsight_serve.errors import InvalidRequest
 from patchsight_train import run as run_module
+from patchsight_train.objective_settings import SETTINGS
 from patchsight_train.run import Metrics, commit, config_of, open_run, read_config
-from patchsight_train.settings import SETTINGS, TrainSettings
+from patchsight_train.settings import TrainSettings
 
 
 @pytest.fixture

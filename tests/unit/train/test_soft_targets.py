@@ -1,4 +1,5 @@
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -10,7 +11,9 @@ from torch import Generator, Tensor
 
 from patchsight_serve.errors import InvalidRequest
 from patchsight_serve.sample_gallery import SAMPLES
+from patchsight_train import checkpoint
 from patchsight_train.data import Images
+from patchsight_train.loop import Trainer
 from patchsight_train.objective import Objective
 from patchsight_train.soft_targets import SoftTargets, soft_target_loss
 
@@ -99,6 +102,29 @@ def test_its_classes_are_in_the_checkpoint_and_its_teacher_is_not(student: Calla
     assert torch.equal(model.teacher_weight, again.teacher_weight)
     assert torch.equal(model.teacher_bias, again.teacher_bias)
     assert not {id(model.teacher_weight), id(model.teacher_bias)} & {id(p) for p in model.parameters()}
+
+
+def test_a_resumed_run_has_the_classes_that_it_began_with(
+    trainer: Callable[..., Trainer], random_pixels: Tensor, picture_folder: Path, tmp_path: Path
+) -> None:
+    """Though the labels have changed since: the folders' names are swapped."""
+
+    def begun(run: str, labels: Path) -> Trainer:
+        return trainer("soft_targets", random_pixels, run, teacher=BUNDLE, teacher_labels=[str(labels)])
+
+    whole = begun("whole", picture_folder)
+    for step in range(3):
+        whole.updater.update(random_pixels[:8], step)
+        if step == 1:
+            checkpoint.save(tmp_path / "part", 2, whole.objective, whole.updater.optimizer)
+    swapped = tmp_path / "swapped"
+    shutil.copytree(picture_folder / "cats", swapped / "dogs")
+    shutil.copytree(picture_folder / "dogs", swapped / "cats")
+    part = begun("part", swapped)
+    assert part.step == 2
+    part.updater.update(random_pixels[:8], 2)
+    state = part.objective.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in whole.objective.state_dict().items())
 
 
 def test_labels_come_from_elsewhere_where_so_asked(student: Callable[..., SoftTargets], picture_folder: Path) -> None:
