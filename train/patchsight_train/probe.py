@@ -13,8 +13,8 @@ from torch import Tensor
 
 from patchsight_serve.errors import InvalidRequest
 from patchsight_train.data import EncodedImages, Images, decode_all, draw
+from patchsight_train.encoder import Encoder
 from patchsight_train.views import eval_view
-from patchsight_train.vit import ViT
 
 Side = tuple[EncodedImages, Tensor]  # images, and which of them: int64 (n,)
 
@@ -26,7 +26,7 @@ class Probe:
     gallery: Images
     queries: Images
 
-    def accuracy(self, encoder: ViT, pooling: str, device: torch.device, k: int = 20) -> float:
+    def accuracy(self, encoder: Encoder, pooling: str, device: torch.device, k: int = 20) -> float:
         """Share of the queries, 0..1, that the k nearest gallery images classify rightly."""
         assert self.gallery.labels is not None
         assert self.queries.labels is not None
@@ -85,7 +85,7 @@ def split_probe(train: EncodedImages, test: EncodedImages | None) -> tuple[Side,
 
 
 @torch.no_grad()
-def embed(encoder: ViT, pixels: Tensor, pooling: str, device: torch.device, batch: int = 512) -> Tensor:
+def embed(encoder: Encoder, pixels: Tensor, pooling: str, device: torch.device, batch: int = 512) -> Tensor:
     """uint8 `(N, 3, S, S)` to L2-normalized float32 `(N, D)` on the CPU. `pooling`: "cls", or "mean" of the patches."""
     was_training = encoder.training
     encoder.eval()
