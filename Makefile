@@ -22,7 +22,7 @@ acceptance: .venv/.built ## the same suites at full counts, and every command of
 	.venv/bin/python -m pytest --durations=15
 
 bench: .venv/.built ## each figure of the README, into benchmarks/results/
-	for name in encoders outputs attention; do .venv/bin/python benchmarks/$$name.py || exit 1; done
+	for name in encoders outputs attention augmentation multi_crop training; do .venv/bin/python benchmarks/$$name.py || exit 1; done
 
 lock: $(UV) ## resolve anew: one lock for every extra
 	$(UV) pip compile --quiet --upgrade --universal --generate-hashes --all-extras --group test -p 3.11 \
