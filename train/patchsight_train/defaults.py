@@ -130,14 +130,16 @@ def _sizes(choice: Choice, found: Survey, machine: Machine) -> None:
     else:
         why = f"the median picture is {found.width} × {found.height}, and {why}"
     local = s.local_size if isinstance(s, MultiCrop) else None
-    patch = s.patch_size if choice.is_set("patch_size") else _patch(side, local or 0, patches)
+    patch = s.patch_size if choice.is_set("patch_size") else _patch(side, local or 0, patches, s.stem == "conv")
     choice.pick(why, image_size=side, patch_size=patch)  # together: one may not fit to the other's default
 
 
-def _patch(side: int, local: int, patches: int) -> int:
-    """The divisor of both sizes that gives nearest to `patches` along `side`; a power of two, if one is near."""
+def _patch(side: int, local: int, patches: int, conv: bool = False) -> int:
+    """The divisor of both sizes that gives nearest to `patches` along `side`; a power of two if one is near, or if the
+    stem needs it and there is one."""
     divisors = [p for p in range(1, side + 1) if side % p == 0 and local % p == 0]
-    near = [p for p in divisors if p > 1 and p & (p - 1) == 0 and patches / 2 <= side / p <= patches * 2]
+    powers = [p for p in divisors if p > 1 and p.bit_count() == 1]
+    near = [p for p in powers if conv or patches / 2 <= side / p <= patches * 2]
     return min(near or divisors, key=lambda p: abs(math.log(side / p / patches)))
 
 
