@@ -277,7 +277,7 @@ def test_a_run_can_be_told_to_stop_at_a_sign_of_collapse(
     run = tmp_path / "run"
     arguments = [
         "simclr", *TINY, "--projection-hidden=32", "--projection-width=16", f"--data={picture_folder}", f"--run={run}",
-        "--temperature=1000", "--epochs=30", "--lr=0.0001",
+        "--temperature=1000", "--epochs=40", "--lr=0.0001",
     ]  # fmt: skip
     said = fails([*arguments, "--on-collapse=stop"], capsys)
     assert "The loss is no better than chance, ln (2 · 4 − 1) = 1.946" in said
@@ -285,5 +285,5 @@ def test_a_run_can_be_told_to_stop_at_a_sign_of_collapse(
     (line,) = [line for line in metrics_of(run) if "warning" in line]
     assert line["step"] == checkpoint.complete(run)[-1] == 3 + 45  # half of the warm-up, nine tenths of the patience
     main([*arguments, "--on-collapse=warn"])  # it was seen: whoever wants to goes on
-    assert checkpoint.complete(run)[-1] == 90
+    assert checkpoint.complete(run)[-1] == 120
     assert sum("warning" in line for line in metrics_of(run)) == 1
