@@ -158,15 +158,14 @@ def probes(features: list[Tensor], splits: list[Images]) -> tuple[float, float]:
 
 def table(rows: list[Row]) -> str:
     lines = [
-        "| photos | objective | picked | epochs | CPU minutes | 20-NN: pixels, before, after | linear probe: the same |",
+        "| photos | objective | picked | epochs | CPU minutes | 20-NN: pixels, before, after | linear probe: same |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         knn, linear = ([scores[i] for scores in (row.pixels, row.before, row.after)] for i in (0, 1))
-        cells = (f"{a:.3f}, {b:.3f}, **{c:.3f}**" for a, b, c in (knn, linear))
-        lines.append(
-            f"| {row.data} | {row.objective} | {row.picked} | {row.epochs} | {row.cpu_minutes:.0f} | {' | '.join(cells)} |"
-        )
+        cells = [row.data, row.objective, row.picked, str(row.epochs), f"{row.cpu_minutes:.0f}"]
+        cells += [f"{a:.3f}, {b:.3f}, **{c:.3f}**" for a, b, c in (knn, linear)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

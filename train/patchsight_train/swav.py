@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchsight_train.distributed import gather, rank
+from patchsight_train.distributed import gather, mean_over_ranks, rank
 from patchsight_train.encoder import Encoder, default_pooling
 from patchsight_train.multi_crop import GLOBAL, batches, crops, cut, entropy, swapped_loss
 from patchsight_train.objective import Metrics, Objective, When
@@ -36,45 +36,48 @@ class SwAV(Objective):
     def views(self, images: Tensor, random: Randomness) -> list[Tensor]:
         return cut(images, self.crops, random)
 
-    def scores(self, x: Tensor) -> Tensor:
-        """zᵀc for every prototype c: views `(N, 3, S, S)` to cosines, float32 `(N, K)`."""
-        z = self.head(self.encoder.pooled(x, self.pooling))
-        with torch.autocast(x.device.type, enabled=False):  # bf16 scores would be off by 0.1 once divided by ε
-            return F.linear(F.normalize(z.float(), dim=1), self.prototypes)
-
     def parts(self, views: list[Tensor], when: When) -> Iterator[tuple[Tensor, Metrics]]:  # noqa: ARG002
         """The codes of the global views, then the predictions from all views, a batch of one size at a time.
 
-        Codes need the whole batch. Where the first batch is that, its scores serve for both; else the codes are
-        computed first, without a graph.
+        Codes need the whole batch. Where the first batch is that, its embeddings serve for both; else they are computed
+        first, without a graph.
         """
         B, tau = len(views[0]), self.settings.temperature
         pairs = GLOBAL * (len(views) - 1)  # of different views
         codes: list[Tensor] = []
         for x, pieces in batches(views, self.micro_batch):
-            s = self.scores(x)
+            h = self.encoder.pooled(x, self.pooling)
             metrics: Metrics = {}
             if not codes:
-                codes, metrics = self.codes(s.detach() if len(s) == GLOBAL * B else self.global_scores(views))
-            loss = swapped_loss(s, pieces, codes, tau) / pairs  # Eq. 1
+                whole = h.detach() if len(h) == GLOBAL * B else self.global_embeddings(views)
+                center = mean_over_ranks(whole.float().mean(dim=0))
+                codes, metrics = self.codes(whole, center)
+            loss = swapped_loss(self.scores(h, center), pieces, codes, tau) / pairs  # Eq. 1
             yield loss, {"loss": loss.detach(), **metrics}
 
     @torch.no_grad()
-    def global_scores(self, views: list[Tensor]) -> Tensor:
-        """Of the first view's images, then the second's: `(2b, K)`."""
-        return torch.cat([self.scores(x) for x, _ in batches(views[:GLOBAL], self.micro_batch)])
+    def global_embeddings(self, views: list[Tensor]) -> Tensor:
+        """Of the first view's images, then the second's: `(2b, D)`."""
+        return torch.cat([self.encoder.pooled(x, self.pooling) for x, _ in batches(views[:GLOBAL], self.micro_batch)])
+
+    def scores(self, h: Tensor, center: Tensor) -> Tensor:
+        """zᵀc for every prototype c: embeddings `(N, D)`, and their mean, to cosines, float32 `(N, K)`."""
+        z = self.head(h.float() - center)
+        with torch.autocast(h.device.type, enabled=False):  # bf16 scores would be off by 0.1 once divided by ε
+            return F.linear(F.normalize(z.float(), dim=1), self.prototypes)
 
     @torch.no_grad()
-    def codes(self, scores: Tensor) -> tuple[list[Tensor], Metrics]:
-        """Scores `(2b, K)` to each global view's codes `(b, K)`: found among the images of all ranks.
+    def codes(self, h: Tensor, center: Tensor) -> tuple[list[Tensor], Metrics]:
+        """Embeddings of the global views `(2b, D)` to each one's codes `(b, K)`: found among the images of all ranks.
 
         Their entropy says how sure an assignment is, 0 to ln K; that of their mean, how evenly prototypes are used.
         """
         s = self.settings
-        every = [sinkhorn(gather(own), s.epsilon, s.sinkhorn_iterations) for own in scores.chunk(GLOBAL)]
+        own = self.scores(h, center).chunk(GLOBAL)
+        every = [sinkhorn(gather(scores), s.epsilon, s.sinkhorn_iterations) for scores in own]
         q = torch.cat(every)
         metrics = {"code_entropy": entropy(q).mean(), "code_mean_entropy": entropy(q.mean(dim=0))}
-        b = len(scores) // GLOBAL
+        b = len(h) // GLOBAL
         return [q[rank() * b : (rank() + 1) * b] for q in every], metrics
 
     def before_update(self, when: When) -> None:
@@ -92,11 +95,12 @@ class SwAV(Objective):
 
 
 def projection_head(width: int, hidden: int, Z: int) -> nn.Sequential:
-    """Two linear maps: `(N, D)` to `(N, Z)`, not yet of length 1.
+    """Two linear maps: embeddings less their mean `(N, D)` to `(N, Z)`, not yet of length 1.
 
     The paper has batch norm where this has layer norm. The statistics of a batch would make the numbers depend on which
-    views share a forward pass, so on micro-batches and ranks; and what batch norm guards against, all images at one
-    point, the equal shares of the codes do not allow.
+    views share a forward pass, so on micro-batches and ranks. What batch norm is needed for is to take out what all
+    pictures have in common, most of a ViT's CLS token at first, as codes stay flat with it. So the mean of the global
+    views, of all ranks, is taken off before, as a constant.
     """
     return nn.Sequential(nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, Z))
 

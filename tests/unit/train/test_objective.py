@@ -1,6 +1,6 @@
 """What every objective promises the loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -75,6 +75,38 @@ def test_the_loss_is_a_finite_float32_also_in_half_precision(
         assert all(value.ndim == 0 and not value.requires_grad for value in found.values())
     torch.testing.assert_close(half["loss"], exact["loss"], atol=0, rtol=0.05)
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_gradients_of_half_precision_are_those_of_full(
+    name: str, micro_batch: int | None, objective: Make, views: Views, backward: Backward
+) -> None:
+    """Of every parameter, nearly: what runs without a graph first must not take the graph from what follows."""
+    model = stirred(objective(name))
+    model.micro_batch = micro_batch
+    seen = views(model)
+    backward(model, seen)
+    exact = gradients(model)
+    model.zero_grad()
+    for part, _ in in_half_precision(model.parts(seen, When(1.0, 0.5))):
+        part.backward()  # type: ignore[no-untyped-call]
+    half = gradients(model)
+    assert half.keys() == exact.keys()
+    largest = max(gradient.norm().item() for gradient in exact.values())
+    for parameter, gradient in exact.items():
+        if gradient.norm() > 1e-2 * largest:
+            assert torch.cosine_similarity(half[parameter].flatten(), gradient.flatten(), dim=0) > 0.95, parameter
+
+
+def in_half_precision(parts: Iterator[tuple[Tensor, Metrics]]) -> Iterator[tuple[Tensor, Metrics]]:
+    """As the loop does: each part is computed under autocast, and what runs between them is not."""
+    while True:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            part = next(parts, None)
+        if part is None:
+            return
+        yield part
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -96,6 +96,13 @@ def test_equal_scores_have_flat_codes() -> None:
     assert torch.allclose(sinkhorn(torch.full((6, 10), 0.7), 0.05, 3), torch.full((6, 10), 0.1))
 
 
+def scores_of(swav: SwAV, views: list[Tensor]) -> list[Tensor]:
+    """Cosines of each view's projections and the prototypes; less the mean of the global views' CLS tokens."""
+    tokens = [swav.encoder(x)[:, 0] for x in views]
+    center = torch.cat(tokens[:2]).detach().mean(dim=0)
+    return [F.normalize(swav.head(h - center), dim=1) @ swav.prototypes.T for h in tokens]
+
+
 @pytest.fixture
 def swav(objective: Callable[..., Objective]) -> SwAV:
     return cast(SwAV, objective("swav", local_crops=3))
@@ -103,7 +110,7 @@ def swav(objective: Callable[..., Objective]) -> SwAV:
 
 def test_loss_and_gradient_are_those_of_lightly(swav: SwAV, views: Views, backward: Backward) -> None:
     seen = views(swav)
-    scores = [swav.scores(x) for x in seen]
+    scores = scores_of(swav, seen)
     expected = swav_loss.SwaVLoss()(scores[:2], scores[2:]).squeeze()
     expected.backward()
     theirs = {name: p.grad.clone() for name, p in swav.named_parameters() if p.grad is not None}
@@ -119,7 +126,8 @@ def test_a_step_is_that_of_the_papers_pseudocode(swav: SwAV, views: Views, backw
     """App. A: two views, codes by plain Sinkhorn, swapped prediction, SGD, prototypes back on the sphere."""
     x_t, x_s = seen = views(swav)[:2]
     C = swav.prototypes.detach().clone().requires_grad_()
-    z = F.normalize(swav.head(swav.encoder(torch.cat([x_t, x_s]))[:, 0]), dim=1)
+    h = swav.encoder(torch.cat([x_t, x_s]))[:, 0]
+    z = F.normalize(swav.head(h - h.detach().mean(dim=0)), dim=1)
     scores_t, scores_s = (z @ C.T).chunk(2)
     q_t, q_s = (
         torch.from_numpy(plain_sinkhorn(s.detach().numpy(), 0.05, 3)).float() for s in (scores_t, scores_s)
@@ -167,24 +175,29 @@ def test_prototypes_are_frozen_at_first(epochs: int, learn: Learn, random_pixels
     assert not torch.equal(free.head[0].weight, start.head[0].weight)
 
 
-def test_no_gradient_flows_through_the_codes(swav: SwAV, views: Views) -> None:
-    """With local crops alone to predict from, the global views would get theirs through the codes."""
-    seen = views(swav)
-    seen[0].requires_grad_()
-    codes, _ = swav.codes(swav.scores(torch.cat(seen[:2])))
-    assert not any(q.requires_grad for q in codes)
+def test_no_gradient_flows_through_the_codes(swav: SwAV, generator: Generator) -> None:
+    h = torch.randn(40, 16, generator=generator, requires_grad=True)
+    codes, _ = swav.codes(h, h.mean(dim=0))
     assert [q.shape for q in codes] == [(20, 32)] * 2
     for q in codes:
+        assert not q.requires_grad
         torch.testing.assert_close(q.sum(dim=1), torch.ones(20), atol=1e-5, rtol=0)
 
 
-def test_scores_are_cosines_in_float32(swav: SwAV, views: Views) -> None:
-    x = views(swav)[0]
+def test_scores_are_cosines_in_float32(swav: SwAV, generator: Generator) -> None:
+    h = torch.randn(40, 16, generator=generator)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        scores = swav.scores(x)
+        scores = swav.scores(h.bfloat16(), h.mean(dim=0))
     assert scores.dtype == torch.float32
     assert (scores.abs() <= 1 + 1e-5).all()
     assert len(scores.unique()) > 0.9 * scores.numel()  # bf16 has but 256 values an octave
+
+
+def test_what_all_pictures_have_in_common_plays_no_part(swav: SwAV, generator: Generator) -> None:
+    h, common = torch.randn(40, 16, generator=generator), 3 * torch.randn(16, generator=generator)
+    torch.testing.assert_close(
+        swav.scores(h + common, (h + common).mean(dim=0)), swav.scores(h, h.mean(dim=0)), atol=1e-5, rtol=0
+    )
 
 
 def test_one_forward_for_codes_and_prediction_unless_micro_batches_ask_for_two(
@@ -214,9 +227,10 @@ def test_when_all_is_one_point_the_loss_is_the_logarithm_of_k(swav: SwAV, views:
         assert found[name].item() == pytest.approx(math.log(32), abs=1e-4)
 
 
-def test_entropies_are_those_of_the_codes(swav: SwAV, generator: Generator) -> None:
+def test_entropies_are_those_of_the_codes(swav: SwAV, generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = cosines(30, 10, generator)
-    _, metrics = swav.codes(scores)
+    monkeypatch.setattr(swav, "scores", lambda *_: scores)
+    _, metrics = swav.codes(torch.zeros(30, 16), torch.zeros(16))
     q = np.concatenate([plain_sinkhorn(s.numpy(), 0.05, 3) for s in scores.chunk(2)])
     mean = q.mean(axis=0)
     assert metrics["code_entropy"].item() == pytest.approx(-(q * np.log(q)).sum(axis=1).mean(), abs=1e-4)
@@ -237,17 +251,17 @@ def test_equal_shares_keep_real_photos_apart(
         monkeypatch.setattr(swav_module, "sinkhorn", lambda scores, epsilon, _: (scores / epsilon).softmax(dim=1))
     found, _ = learn(
         "swav", photos.pixels, 30, patch_size=8, width=48, heads=3, depth=2, prototypes=32, projection_hidden=128,
-        projection_width=32, batch_size=100, epochs=15, lr=4e-3,
+        projection_width=32, batch_size=100, epochs=15, lr=2e-3,
     )  # fmt: skip
     swav = cast(SwAV, found)
     monkeypatch.undo()
     seen = views(swav, 9, photos.pixels)
     with torch.no_grad():
         loss = sum(values["loss"].item() for _, values in swav.parts(seen, When(1.0, 0.5)))
-        used = len(swav.scores(seen[0]).argmax(dim=1).unique())
+        used = len(scores_of(swav, seen)[0].argmax(dim=1).unique())
     if equal_shares:
-        assert loss < math.log(32) - 0.005
-        assert used > 3
+        assert loss < math.log(32) - 0.05
+        assert used > 10
     else:
         assert loss > math.log(32)
-        assert used == 1
+        assert used < 5
