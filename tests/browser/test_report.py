@@ -65,7 +65,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def row(step: int, rng: np.random.Generator) -> dict[str, Any]:
     """A line of metrics.jsonl."""
     p, noise = step / (PER_EPOCH * EPOCHS), rng.normal(size=6)
-    values = {
+    values: dict[str, Any] = {
         "step": step, "epoch": round(step / PER_EPOCH, 4), "loss": math.log(4096) * math.exp(-p) + 0.08 * noise[0],
         "teacher_entropy": 8.3 * math.exp(-2 * p) + 0.1 * noise[1], "teacher_mean_entropy": 8.2 - p + 0.05 * noise[2],
         "teacher_temperature": 0.04 + 0.03 * min(3 * p, 1), "gradient_norm": math.exp(0.3 * noise[3]),
@@ -73,7 +73,7 @@ def row(step: int, rng: np.random.Generator) -> dict[str, Any]:
         "images_per_s": round(820 + 25 * noise[4], 1),
     }  # fmt: skip
     if step in (5000, 5040):
-        values |= {"loss": math.nan, "gradient_norm": math.nan, "skipped": 1.0}
+        values |= {"loss": None, "gradient_norm": None, "skipped": 1.0}
     if step == 4 * 5 * PER_EPOCH:
         values["warning"] = WARNING
     if step % (5 * PER_EPOCH) == 0:

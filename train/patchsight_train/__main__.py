@@ -86,7 +86,7 @@ def train(settings: TrainSettings) -> Path:
                 settings.data, settings.knn_test, size, settings.knn_gallery, settings.knn_queries, console,
                 settings.limit,
             )  # fmt: skip
-            sample = sample_images(settings.data, size, SAMPLE, console, settings.limit)
+            sample = sample_images(settings.data, settings.pixels_kept, SAMPLE, console, settings.limit)
             evaluation = Evaluation(sample, probe, run)
         if leader:
             open_run(run, config_of(settings))

@@ -51,16 +51,20 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     r, g, b = x.unbind(1)  # three planes: a maximum along an axis of 3 would be slow on a CPU
     value, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     chroma = value - low
-    per_chroma = 1 / chroma.masked_fill(chroma == 0, 1.0)
+    per_chroma = chroma.clamp(min=1e-12).reciprocal_()  # where it is 0 the differences are, too
     sector = torch.where(
-        value == r, (g - b) * per_chroma, torch.where(value == g, (b - r) * per_chroma + 2, (r - g) * per_chroma + 4)
+        value == r,
+        (g - b).mul_(per_chroma),
+        torch.where(value == g, (b - r).mul_(per_chroma).add_(2), (r - g).mul_(per_chroma).add_(4)),
     )
-    hue = sector + 6 * shift.squeeze(1)  # in sixths of a turn
+    hue = sector.div_(6).add_(shift.squeeze(1))  # in turns
     turned = torch.empty_like(x)
-    # Each channel of a hue is a clipped triangle wave: f(n) = V − C · clamp(min(k, 4 − k), 0, 1), k = (n + h) mod 6.
+    # Each channel of a hue is a clipped triangle wave: f(n) = V − C · clamp(2 − |k − 2|, 0, 1), k = (n + 6h) mod 6.
     for i, n in enumerate((5, 3, 1)):
-        k = (hue + n) % 6
-        turned[:, i] = value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+        k = hue + n / 6
+        k.sub_(k.floor()).mul_(6)  # twice as fast as a remainder, and all in place: memory is what takes time here
+        wave = k.sub_(2).abs_().neg_().add_(2).clamp_(0, 1)
+        torch.addcmul(value, chroma, wave, value=-1, out=turned[:, i])
     return turned
 
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -30,14 +29,6 @@ K = 20  # nearest neighbors that vote
 PAIRS = 512  # images whose views are compared
 SHOWN, NEIGHBORS = 6, 6
 BATCH = 256
-
-
-@runtime_checkable
-class Masking(Protocol):
-    """An objective that hides a part of each picture."""
-
-    def masked(self, views: list[Tensor]) -> Tensor:
-        """What the encoder sees: float32 `(B, 3, S, S)` in 0..1."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +94,9 @@ class Evaluation:
             write_png(view_sheet(images.cpu() / 255, shown), folder / "views.png")
             rebuilt = objective.reconstruct(views)
             if rebuilt is not None:
-                masked = objective.masked(views).cpu() if isinstance(objective, Masking) else None
-                write_png(reconstruction_sheet(shown[0], masked, rebuilt.cpu()), folder / "reconstructions.png")
+                masked = objective.masked(views)
+                visible = None if masked is None else masked.cpu()
+                write_png(reconstruction_sheet(shown[0], visible, rebuilt.cpu()), folder / "reconstructions.png")
             if isinstance(objective.kept, ViT):
                 x = encoder_view(images, objective.kept.config.image_size)
                 maps = cls_attention(objective.kept, x).cpu()

@@ -64,3 +64,7 @@ class Objective(nn.Module):
     def reconstruct(self, views: list[Tensor]) -> Tensor | None:  # noqa: ARG002
         """What a decoder makes of the first view: float32 `(B, 3, S, S)` in 0..1; None where there is no decoder."""
         return None
+
+    def masked(self, views: list[Tensor]) -> Tensor | None:  # noqa: ARG002
+        """The first view without what is hidden from the encoder, as `reconstruct`; None where nothing is."""
+        return None

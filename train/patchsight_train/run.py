@@ -4,6 +4,7 @@ Export reads it; nothing in it needs torch but the checkpoints.
 """
 
 import json
+import math
 import os
 import subprocess
 import tomllib
@@ -81,7 +82,8 @@ class Metrics:
 
     def lines(self) -> list[dict[str, Any]]:
         """What has been written so far, in the order of steps."""
-        return [json.loads(line) for line in self._lines()]
+        rows = (json.loads(line) for line in self._lines())
+        return [{name: math.nan if x is None else x for name, x in row.items()} for row in rows]
 
     def _lines(self) -> list[str]:
         if not self.path.exists():
@@ -90,7 +92,9 @@ class Metrics:
         return [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
     def write(self, step: int, **values: float | str) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        """Numbers that are not finite, as the loss of a skipped step, become null, and NaN when read: JSON has neither."""
+        row = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in values.items()}
+        self.file.write(json.dumps({"step": step, **row}) + "\n")
 
     def sync(self) -> None:
         """On disk before the checkpoint that counts on it."""

@@ -14,7 +14,7 @@ from patchsight_train.resample import cut, gaussian_blur
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-CACHED = 16  # pictures that a CPU works on at once, so that they stay in its cache
+CACHED = 1 << 19  # numbers that a CPU works on at once: they stay in its cache, and their memory is used again
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def augment(images: Tensor, view: View, random: Randomness) -> Tensor:
     """uint8 `(B, 3, n, n)` to one normalized float32 view of each, `(B, 3, S, S)`."""
     B, _, height, width = images.shape
     drawn = draw(B, height, width, view, random)
-    pieces = chunks(B, CACHED if images.device.type == "cpu" else None)
+    pieces = chunks(B, max(1, CACHED // (3 * view.size**2)) if images.device.type == "cpu" else None)
     return torch.cat([apply(images[rows], view, drawn[rows]) for rows in pieces])
 
 
@@ -87,7 +87,8 @@ def apply(images: Tensor, view: View, drawn: Drawn) -> Tensor:
         chosen = drawn.jittered.nonzero().squeeze(1)
         x[chosen] = color_jitter(x[chosen], [f[chosen] for f in drawn.factors], drawn.order)
     if view.gray:
-        x = torch.where(drawn.gray.view(-1, 1, 1, 1), grayscale(x), x)
+        chosen = drawn.gray.nonzero().squeeze(1)
+        x[chosen] = grayscale(x[chosen])
     if view.blur:
         chosen = drawn.blurred.nonzero().squeeze(1)
         x[chosen] = gaussian_blur(x[chosen], drawn.sigma[chosen])

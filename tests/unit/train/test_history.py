@@ -69,12 +69,12 @@ def test_smoothing_forgets_a_spike() -> None:
 def test_a_history_is_what_was_logged(tmp_path: Path) -> None:
     rows = [{"step": s, "epoch": round(s / 7, 4), "loss": 9.0 - s} for s in range(1, 15)]
     rows[6] |= {"knn": 0.5, "warning": "first\nsecond: lower --lr"}
-    rows[9] |= {"loss": float("nan"), "skipped": 1.0}
+    rows[9] |= {"loss": None, "skipped": 1.0}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     history = read_history(tmp_path)
     assert history.curves.keys() == {"loss", "knn", "skipped"}
     np.testing.assert_array_equal(history.curves["loss"].steps, range(1, 15))
-    np.testing.assert_array_equal(history.curves["loss"].values, [row["loss"] for row in rows])
+    np.testing.assert_array_equal(history.curves["loss"].values, np.array([row["loss"] for row in rows], float))
     np.testing.assert_array_equal(history.curves["loss"].finite().steps, [s for s in range(1, 15) if s != 10])
     assert (history.curves["knn"].steps.tolist(), history.curves["knn"].values.tolist()) == ([7.0], [0.5])
     assert history.warnings == [(7, "first"), (7, "second: lower --lr")]
@@ -95,7 +95,7 @@ def test_damaged_lines_are_passed_over(tmp_path: Path, damage: bytes) -> None:
 
 
 def test_values_that_are_no_numbers_make_no_curve(tmp_path: Path) -> None:
-    line = '{"step": 1, "epoch": "x", "loss": null, "warning": 3, "note": "?", "views": [1], "lr": 1e-3}\n'
+    line = '{"step": 1, "epoch": "x", "loss": "y", "warning": 3, "note": "?", "views": [1], "lr": 1e-3}\n'
     (tmp_path / "metrics.jsonl").write_text(line)
     history = read_history(tmp_path)
     assert history.curves.keys() == {"warning", "lr"}

@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,18 @@ def test_each_line_can_be_followed_while_training(tmp_path: Path) -> None:
     metrics.write(1, loss=0.1)
     assert lines(tmp_path) == [{"step": 1, "loss": 0.1}]
     metrics.close()
+
+
+@pytest.mark.parametrize("x", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_null_on_disk_and_not_a_number_when_read(tmp_path: Path, x: float) -> None:
+    metrics = Metrics(tmp_path, 0)
+    metrics.write(1, loss=x, warning="the loss is not finite")
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == {
+        "step": 1, "loss": None, "warning": "the loss is not finite",
+    }  # fmt: skip
+    [row] = metrics.lines()
+    metrics.close()
+    assert math.isnan(row["loss"])
 
 
 def test_commit_is_that_of_our_own_tree_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from patchsight_train.color import (
     solarize,
 )
 from patchsight_train.randomness import Randomness
-from patchsight_train.resample import cut, cut_one_by_one, gaussian_blur, resized_crop
+from patchsight_train.resample import convolved, cut, cut_one_by_one, gaussian_blur, resized_crop
 from patchsight_train.views import View, apply, augment, draw, eval_view, normalize, random_boxes
 
 STILL = View(size=16, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)  # a view without any randomness
@@ -134,10 +134,14 @@ def test_solarize_is_that_of_torchvision(pictures: Tensor) -> None:
 
 @pytest.mark.parametrize("S", [12, 40, 96])
 def test_blur_is_that_of_torchvision(S: int) -> None:
+    """By shifts, and by the matrices that other devices get."""
     x, sigmas = noise(4, S, S), torch.tensor([0.1, 0.4, 1.0, 2.0])
     kernel = 2 * max(S // 20, 1) + 1
     expected = [TF.gaussian_blur(p, [kernel, kernel], [s, s]) for p, s in zip(x, sigmas.tolist(), strict=True)]
     same(gaussian_blur(x, sigmas), torch.stack(expected))
+    offsets = torch.arange(kernel) - kernel // 2
+    weights = torch.exp(-0.5 * (offsets / sigmas.view(-1, 1)) ** 2)
+    same(convolved(x, weights / weights.sum(dim=1, keepdim=True), offsets), torch.stack(expected))
 
 
 def test_normalize_is_that_of_torchvision(pictures: Tensor) -> None:
