@@ -14,8 +14,8 @@ SEEDS = (0, 1)
 # In the second arm the student is judged: its teacher stays as it was.
 ARMS = {"moving average": {}, "frozen copy": {"teacher_momentum": 1.0}}
 COMMON = {
-    "stem": "conv", "prototypes": 1024, "head_hidden": 256, "bottleneck": 64, "batch_size": 64, "lr": 2e-4, "epochs": 12,
-    "warmup_epochs": 1, "teacher_momentum": 0.99, "final_weight_decay": 0.1, "local_crops": 2,
+    "stem": "conv", "prototypes": 1024, "head_hidden": 256, "bottleneck": 64, "batch_size": 64, "lr": 2e-4,
+    "epochs": 12, "warmup_epochs": 1, "teacher_momentum": 0.99, "final_weight_decay": 0.1, "local_crops": 2,
 }  # fmt: skip
 
 

@@ -21,8 +21,8 @@ from patchsight_train.vit import ViT
 SEEDS = (0, 1)
 ARMS = {"2 global": {"local_crops": 0}, "2 global + 2 local": {"local_crops": 2}}
 COMMON = {
-    "stem": "conv", "prototypes": 1024, "head_hidden": 256, "bottleneck": 64, "batch_size": 64, "lr": 2e-4, "epochs": 12,
-    "warmup_epochs": 1, "teacher_momentum": 0.99, "final_weight_decay": 0.1,
+    "stem": "conv", "prototypes": 1024, "head_hidden": 256, "bottleneck": 64, "batch_size": 64, "lr": 2e-4,
+    "epochs": 12, "warmup_epochs": 1, "teacher_momentum": 0.99, "final_weight_decay": 0.1,
 }  # fmt: skip
 GRID, HALF = 8, 4  # patches a side, and those of the pasted picture
 
@@ -82,9 +82,8 @@ def main() -> None:
             }
             maps.setdefault(arm, attention[:6])
     area = HALF**2 / GRID**2
-    save(
-        "local_crops", draw(composed, maps, results, area), {"images": 4096, "epochs": COMMON["epochs"], "area": area, "arms": results}
-    )
+    kept = {"images": 4096, "epochs": COMMON["epochs"], "area": area, "arms": results}
+    save("local_crops", draw(composed, maps, results, area), kept)
 
 
 def draw(

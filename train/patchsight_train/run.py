@@ -92,7 +92,7 @@ class Metrics:
         return [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
     def write(self, step: int, **values: float | str) -> None:
-        """Numbers that are not finite, as the loss of a skipped step, become null, and NaN when read: JSON has neither."""
+        """What is not finite, as the loss of a skipped step, becomes null, and NaN when read: JSON has neither."""
         row = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in values.items()}
         self.file.write(json.dumps({"step": step, **row}) + "\n")
 
