@@ -1,15 +1,18 @@
 """Real runs, a minute of training in small: what learns is never suspected, what was made to collapse is named."""
 
+import io
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Generator, Tensor, nn
 
 from patchsight_train import quality
-from patchsight_train.data import Images
+from patchsight_train.data import Images, load_images
 from patchsight_train.objective import Objective, When
 from patchsight_train.objective_settings import SETTINGS
 from patchsight_train.probe import embed
@@ -59,6 +62,23 @@ def test_what_learns_is_not_suspected(name: str, run: Callable[..., Any]) -> Non
     said, metrics = run(name)
     assert said == []
     assert metrics[-1]["loss"] != metrics[-2]["loss"]
+
+
+@pytest.mark.data
+@pytest.mark.acceptance
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", ["autoencoder", "skip_autoencoder", "mae", "simclr", "dino", "swav"])
+def test_ten_epochs_of_real_images_at_the_default_settings_are_not_suspected(
+    name: str, data: Path, learn: Learn
+) -> None:
+    images = load_images([str(data / "cifar10" / "train.parquet")], 32, 640, Console(file=io.StringIO()))
+    chosen = SETTINGS[name](
+        data=["unread"], width=64, depth=2, heads=2, patch_size=4, batch_size=64, epochs=10, warmup_epochs=1,
+        device="cpu", precision="fp32",
+    )  # fmt: skip
+    _, metrics = learn(name, images.pixels, 100, **chosen.model_dump(exclude={"config"}))
+    watching = detector(chosen, 20, 10)
+    assert [text for step, values in enumerate(metrics, 1) if (text := watching.see(step, values))] == []
 
 
 @pytest.mark.parametrize(
