@@ -1,8 +1,10 @@
 """The autoencoder: a picture through a vector z and back (Hinton and Salakhutdinov, Science 313, 2006).
 
 The baseline of what learns by reconstruction: encoder · z · a decoder that sees z alone · mean squared error over all
-pixels. z is the only way from picture to picture: how many numbers it has says how far the picture is compressed.
-Letters: N images, Z numbers in z, L patches, p patch size.
+pixels. z is the only way from picture to picture: how many numbers it has says how far the picture is compressed. It is a
+linear map of all tokens, and each patch starts as a linear map of it: through a pooled embedding, little more than the
+picture's mean color gets in some hundred steps (docs/log.md).
+Letters: N images, Z numbers in z, T tokens of width D, L patches, p patch size.
 """
 
 from typing import ClassVar
@@ -37,7 +39,8 @@ class Autoencoder(Objective):
         super().__init__()
         self.pooling = default_pooling(encoder.config)
         self.encoder = encoder
-        self.to_code = nn.Linear(encoder.config.width, settings.bottleneck)
+        tokens = encoder.config.prefix_tokens + encoder.config.grid**2  # T
+        self.to_code = nn.Linear(tokens * encoder.config.width, settings.bottleneck)
         self.decoder = self.decoder_type(encoder.config, settings)
         # Crop and flip as MAE: color distortion would only be one more thing to reconstruct.
         self.view = View(size=encoder.config.image_size, scale=settings.crop_scale)
@@ -54,7 +57,7 @@ class Autoencoder(Objective):
 
     def code(self, x: Tensor) -> Tensor:
         """z: normalized images `(N, 3, S, S)` to `(N, Z)`."""
-        z: Tensor = self.to_code(self.encoder.pooled(x, self.pooling))
+        z: Tensor = self.to_code(self.encoder(x).flatten(1))
         return z
 
     def predict(self, x: Tensor) -> Tensor:

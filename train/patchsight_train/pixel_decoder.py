@@ -11,7 +11,7 @@ from patchsight_train.vit import Block, sincos_positions
 
 
 class PixelDecoder(nn.Module):
-    """Transformer blocks between z and pixels. Each patch starts as the same projection of z plus its position.
+    """Transformer blocks between z and pixels. Each patch starts as a projection of z of its own, plus its position.
 
     `forward` takes z `(N, Z)`, and what else a subclass asks for, to pixels `(N, L, p·p·3)`, in the order of
     `mae.unpatchify`.
@@ -23,15 +23,15 @@ class PixelDecoder(nn.Module):
         super().__init__()
         d = settings.decoder_width
         self.patch_size = patch_size(config)
-        self.embed = nn.Linear(settings.bottleneck, d)
-        self.register_buffer("positions", sincos_positions(d, config.image_size // self.patch_size)[None])
+        self.register_buffer("positions", sincos_positions(d, config.image_size // self.patch_size)[None])  # (1, L, d)
+        self.embed = nn.Linear(settings.bottleneck, self.positions.shape[1] * d)
         self.blocks = nn.ModuleList(Block(d, settings.decoder_heads, 4.0) for _ in range(settings.decoder_depth))
         self.norm = nn.LayerNorm(d, eps=1e-6)
         self.pixels = nn.Linear(d, self.patch_size**2 * 3)
 
     def start(self, z: Tensor) -> Tensor:
         """`(N, Z)` to tokens `(N, L, d)`."""
-        tokens: Tensor = self.embed(z).unsqueeze(1) + self.positions
+        tokens: Tensor = self.embed(z).view(len(z), *self.positions.shape[1:]) + self.positions
         return tokens
 
     def finish(self, tokens: Tensor) -> Tensor:

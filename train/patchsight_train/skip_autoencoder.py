@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from patchsight_train.architecture import EncoderConfig
 from patchsight_train.autoencoder import Autoencoder
-from patchsight_train.encoder import pool
 from patchsight_train.objective_settings import AutoencoderSettings, SkipAutoencoderSettings
 from patchsight_train.pixel_decoder import PixelDecoder
 from patchsight_train.vit import ViT
@@ -52,7 +51,7 @@ class SkipAutoencoder(Autoencoder):
         for block in self.encoder.blocks:
             tokens = self.run(block, tokens)
             layers.append(tokens[:, P:])
-        z = self.to_code(pool(self.encoder.norm(tokens), P, self.pooling))
+        z = self.to_code(self.encoder.norm(tokens).flatten(1))
         y: Tensor = self.decoder(z, layers)
         return y
 

@@ -39,14 +39,13 @@ def test_loss_is_the_squared_error_of_the_pictures(choices: dict[str, object], o
 
 
 def test_decoder_against_the_forward_pass_written_out(objective: Make, views: Views) -> None:
-    """One image, patch by patch; and z is a linear map of CLS."""
+    """One image, patch by patch; and z is a linear map of all tokens."""
     model = cast(Autoencoder, objective("autoencoder", decoder_depth=2))
     decoder, positions = model.decoder, sincos_positions(16, 4)
     (x,) = views(model)
-    z = model.to_code.weight @ model.encoder(x)[3, 0] + model.to_code.bias
-    tokens = torch.stack([decoder.embed.weight @ z + decoder.embed.bias + positions[patch] for patch in range(16)])[
-        None
-    ]
+    z = model.to_code.weight @ torch.cat(list(model.encoder(x)[3])) + model.to_code.bias
+    weight, bias = decoder.embed.weight.view(16, 16, 8), decoder.embed.bias.view(16, 16)  # patch, width, z
+    tokens = torch.stack([weight[patch] @ z + bias[patch] + positions[patch] for patch in range(16)])[None]
     for block in decoder.blocks:
         tokens = block(tokens)
     expected = decoder.pixels(decoder.norm(tokens))[0]

@@ -30,7 +30,7 @@ def test_forward_pass_written_out(registers: int, objective: Make, views: Views)
     first = encoder.blocks[0](encoder.embed(x))
     last = encoder.blocks[2](encoder.blocks[1](first))
     torch.testing.assert_close(encoder.norm(last), encoder(x))
-    tokens = decoder.embed(model.code(x))[:, None] + sincos_positions(16, 4)
+    tokens = decoder.embed(model.code(x)).view(20, 16, 16) + sincos_positions(16, 4)
     for layer, i in ((last, 0), (first, 1)):
         joined = decoder.joints[i](torch.cat([tokens, layer[:, P:]], dim=2))
         tokens = decoder.blocks[i](joined)
@@ -106,4 +106,4 @@ def test_shortcuts_make_reconstruction_easy(
     }  # fmt: skip
     _, through = learn("autoencoder", photos.pixels, 25, **choices)
     _, past = learn("skip_autoencoder", photos.pixels, 25, **choices)
-    assert past[-1]["loss"] < 0.5 * through[-1]["loss"]
+    assert past[-1]["loss"] < 0.7 * through[-1]["loss"]
