@@ -4,7 +4,7 @@ A frozen teacher never gets better than the weights it was copied from: its targ
 moving average of the student is ahead of the student all along, and hands its gain back as better targets.
 """
 
-from lesson import cifar10, knn, mean, quality, save, trained
+from lesson import cifar10, knn, linear, mean, quality, save, trained
 from matplotlib.figure import Figure
 
 from patchsight_train.dino import DINO
@@ -36,22 +36,26 @@ def main() -> None:
                 "teacher knn": teacher["knn"],
                 "teacher linear": teacher["linear"],
                 "student knn": knn(gallery, queries, split),
+                "student linear": linear(gallery, queries, split),
                 "loss at the end": mean(line["loss"] for line in log[-20:]),
             }
-    figure = Figure(figsize=(6, 3.4), layout="constrained")
-    axes = figure.subplots()
-    for i, runs in enumerate(results.values()):
-        for j, name in enumerate(("student knn", "teacher knn")):
-            found = [run[name] for run in runs.values()]
-            x = i + 0.35 * j
-            axes.bar(
-                x, mean(found), width=0.33, color=("tab:blue", "tab:gray")[j], label=name.split()[0] if not i else None
-            )
-            axes.plot([x] * len(found), found, "k.", markersize=5)
-    axes.set_xticks([i + 0.175 for i in range(len(results))], list(results))
-    axes.set(ylabel="20-NN", ylim=(0.2, None))
-    axes.legend(frameon=False)
-    save("ema_teacher", figure, {"images": 4096, "epochs": COMMON["epochs"], "arms": results})
+    save("ema_teacher", draw(results), {"images": 4096, "epochs": COMMON["epochs"], "arms": results})
+
+
+def draw(results: dict[str, dict[str, dict[str, float]]]) -> Figure:
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    for axes, (probe, title) in zip(figure.subplots(1, 2), (("knn", "20-NN"), ("linear", "linear probe")), strict=True):
+        for i, runs in enumerate(results.values()):
+            for j, network in enumerate(("student", "teacher")):
+                found = [run[f"{network} {probe}"] for run in runs.values()]
+                x = i + 0.35 * j
+                label = network if not i else None
+                axes.bar(x, mean(found), width=0.33, color=("tab:blue", "tab:gray")[j], label=label)
+                axes.plot([x] * len(found), found, "k.", markersize=5)
+        axes.set_xticks([i + 0.175 for i in range(len(results))], list(results))
+        axes.set(title=title, ylim=(0.2, None))
+        axes.legend(frameon=False, loc="lower right")
+    return figure
 
 
 if __name__ == "__main__":

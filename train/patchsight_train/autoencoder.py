@@ -1,9 +1,9 @@
 """The autoencoder: a picture through a vector z and back (Hinton and Salakhutdinov, Science 313, 2006).
 
 The baseline of what learns by reconstruction: encoder · z · a decoder that sees z alone · mean squared error over all
-pixels. z is the only way from picture to picture: how many numbers it has says how far the picture is compressed. It is a
-linear map of all tokens, and each patch starts as a linear map of it: through a pooled embedding, little more than the
-picture's mean color gets in some hundred steps (docs/log.md).
+pixels. z is the only way from picture to picture: how many numbers it has says how far the picture is compressed. It is
+a linear map of all tokens, and each patch starts as a linear map of it: through a pooled embedding hardly more than the
+mean color gets in some hundred steps (docs/log.md).
 Letters: N images, Z numbers in z, T tokens of width D, L patches, p patch size.
 """
 
