@@ -11,6 +11,7 @@ from patchsight_serve.errors import InvalidRequest
 from patchsight_serve.manifest import Manifest
 from patchsight_train import build, checkpoint
 from patchsight_train.architecture import EncoderConfig, ResNetConfig, architecture
+from patchsight_train.autoencoder import Autoencoder
 from patchsight_train.data import eval_transform
 from patchsight_train.encoder import Encoder, default_pooling
 from patchsight_train.mae import MAE
@@ -81,7 +82,7 @@ def _fields(config: dict[str, Any], objective: type[Objective], encoder: Encoder
     """The manifest, but for `name`, `sha256` and `measured`."""
     net = encoder.config
     # As the objective itself says; some cannot be built without their teacher.
-    pooling = "mean" if objective is MAE else default_pooling(net)
+    pooling = "mean" if issubclass(objective, MAE | Autoencoder) else default_pooling(net)
     return {
         "objective": config["objective"],
         "architecture": describe(net),

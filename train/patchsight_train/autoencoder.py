@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from patchsight_train.encoder import Encoder, default_pooling
+from patchsight_train.encoder import Encoder
 from patchsight_train.mae import patchify, unpatchify
 from patchsight_train.objective import Metrics, Objective
 from patchsight_train.objective_settings import AutoencoderSettings
@@ -37,7 +37,7 @@ class Autoencoder(Objective):
 
     def __init__(self, encoder: Encoder, settings: AutoencoderSettings) -> None:
         super().__init__()
-        self.pooling = default_pooling(encoder.config)
+        self.pooling = "mean"  # CLS is one token of many that z is made of
         self.encoder = encoder
         tokens = encoder.config.prefix_tokens + encoder.config.grid**2  # T
         self.to_code = nn.Linear(tokens * encoder.config.width, settings.bottleneck)

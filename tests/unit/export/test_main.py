@@ -61,7 +61,7 @@ def test_the_server_answers_with_an_exported_resnet(resnet_bundle: Path) -> None
     )
 
 
-@pytest.mark.parametrize(("objective", "settings"), [("mae", {}), ("dino", {"stem": "conv"})])
+@pytest.mark.parametrize(("objective", "settings"), [("mae", {}), ("autoencoder", {}), ("dino", {"stem": "conv"})])
 def test_the_recommended_embedding_is_what_training_evaluates(
     objective: str, settings: dict[str, str], make_run: Callable[..., Objective], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
