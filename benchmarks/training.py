@@ -1,6 +1,6 @@
 """Training speed and memory: patchsight, the same from lightly's parts, and the bare forward and backward.
 
-    python benchmarks/training.py            # about 6 minutes on 2 cores; nothing else may run
+    python benchmarks/training.py            # about 15 minutes on 2 cores; nothing else may run
 
 Three objectives on two kinds of data, in three arms that take turns, each in a process of its own: `ours`, the
 training loop as `patchsight-train` runs it; `lightly`, its transforms in as many workers as there are cores, its
@@ -37,7 +37,7 @@ from patchsight_train.randomness import Randomness
 from patchsight_train.settings import TrainSettings
 from patchsight_train.update import Updater
 
-ROUNDS, SECONDS, WARM_UP = 1, 5.0, 1
+ROUNDS, SECONDS, WARM_UP = 3, 5.0, 1
 ARMS = ("ours", "lightly", "bare")
 SETTINGS_OF: dict[str, dict[str, Any]] = {
     "32 px": {"image_size": 32, "patch_size": 4, "width": 128, "depth": 4, "heads": 4, "batch_size": 256},

@@ -71,7 +71,7 @@ def draw(pictures: dict[str, Tensor], results: dict[str, dict[str, dict[str, flo
             found = [run[measure] for run in runs.values()]
             axes.bar(i, mean(found), color=("tab:blue", "tab:orange", "tab:gray")[i])
             axes.plot([i] * len(found), found, "k.", markersize=5)
-        axes.set_xticks(range(len(arms)), [arm.replace(" ", "\n") for arm in arms], fontsize=8)
+        axes.set_xticks(range(len(arms)), [arm.replace(" ", "\n") for arm in arms], fontsize=7)
         axes.set_title({"linear, z": "linear probe on z"}.get(measure, "reconstruction error"), fontsize=9)
         if measure == "linear, z":
             axes.set_ylim(0.1)
