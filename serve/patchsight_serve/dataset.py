@@ -62,14 +62,20 @@ def read_dataset(source: str | Path) -> Dataset:
     Raises:
         InvalidRequest: nothing is there, or it holds no image.
     """
+    files = parquet_files(source)
+    if files:
+        return _from_parquet(files)
+    if not Path(source).is_dir():
+        raise InvalidRequest(f"{source}: no such folder, file or glob of Parquet files")
+    return _from_folder(Path(source))
+
+
+def parquet_files(source: str | Path) -> list[Path]:
+    """The file, those of a glob, or those in a folder; none for a folder without any, and where nothing is."""
     path = Path(source)
     if path.is_dir():
-        parquet = sorted(path.glob("*.parquet"))
-        return _from_parquet(parquet) if parquet else _from_folder(path)
-    files = [path] if path.is_file() else sorted(map(Path, glob.glob(str(source))))  # noqa: PTH207 - any root
-    if not files:
-        raise InvalidRequest(f"{source}: no such folder, file or glob of Parquet files")
-    return _from_parquet(files)
+        return sorted(path.glob("*.parquet"))
+    return [path] if path.is_file() else sorted(map(Path, glob.glob(str(source))))  # noqa: PTH207 - any root
 
 
 def _from_folder(root: Path) -> Dataset:
@@ -125,7 +131,7 @@ def _from_parquet(files: list[Path]) -> Dataset:
     if "image" in table.column_names:
         paths = table.column("image").combine_chunks().field("path").to_pylist()
     names = [path or f"row {i}" for i, path in enumerate(paths)]
-    return Dataset(names, _labels(table, files[0]), _class_names(table.schema), BinaryColumn(footers, "image.bytes"))
+    return Dataset(names, _labels(table, files[0]), class_names(table.schema), BinaryColumn(footers, "image.bytes"))
 
 
 def _check_columns(path: Path, schema: pa.Schema) -> None:
@@ -147,7 +153,7 @@ def _labels(table: pa.Table, file: Path) -> np.ndarray[Any, np.dtype[np.int64]] 
     return labels if (labels >= 0).any() else None
 
 
-def _class_names(schema: pa.Schema) -> list[str] | None:
+def class_names(schema: pa.Schema) -> list[str] | None:
     """`ClassLabel` names from the schema's `huggingface` metadata."""
     raw = (schema.metadata or {}).get(b"huggingface")
     try:

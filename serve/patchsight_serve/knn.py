@@ -2,35 +2,28 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from pydantic import Field, SecretStr
+from pydantic import Field
 from pydantic_settings import CliToggleFlag, SettingsConfigDict
 
-from patchsight_serve.config import CommandSettings, fail
+from patchsight_serve.config import fail
+from patchsight_serve.embedder_settings import EmbedderSettings
 from patchsight_serve.errors import PatchsightError
-from patchsight_serve.manifest import default_repository
 
 PROG = "patchsight-knn"
 
 
-class KnnSettings(CommandSettings):
+class KnnSettings(EmbedderSettings):
     """Measure an encoder by its nearest neighbors: how many test images have the class that their neighbors among the
-    training images vote for. Sources are a Parquet file, a glob of them, or a folder with one subfolder per class."""
+    training images vote for. Sources are a Parquet file, a glob of them, or a folder with one subfolder per class; or
+    Parquet that patchsight-embed wrote, and no encoder is needed."""
 
     model_config = SettingsConfigDict(env_prefix="PATCHSIGHT_", cli_shortcuts={"as-json": "json"})
     table: ClassVar[str] = "knn"
 
     train: str = Field(description="labelled images whose classes are known: the gallery")
     test: str = Field(description="labelled images to classify")
-    encoder: str | None = Field(None, description="name of the encoder (default: the server's, or the first by name)")
-    output: Literal["recommended", "cls", "mean"] = Field("recommended", description="which embedding of the encoder")
-    model_repository: Path = Field(
-        default_factory=default_repository, description="folder with one encoder bundle per subfolder"
-    )
-    server: str | None = Field(None, description="URL of a running server, which embeds in place of this process")
-    api_key: SecretStr | None = Field(None, description="the server's API key")
     as_json: CliToggleFlag[bool] = Field(False, description="print one JSON object instead of the table")
 
 

@@ -1,22 +1,22 @@
 """The work of `patchsight-knn`: embed both sources, evaluate, and say the figure together with its protocol."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
-from patchsight_serve.client import Client
-from patchsight_serve.dataset import Dataset
-from patchsight_serve.embedder import Embedder, LocalEmbedder
-from patchsight_serve.errors import NotFound
+from patchsight_serve.embedder_settings import open_embedder
+from patchsight_serve.embedding_file import holds_embeddings, read_embeddings
+from patchsight_serve.errors import InvalidRequest
+from patchsight_serve.item import Identity
 from patchsight_serve.knn import KnnSettings
-from patchsight_serve.labelled import Embedded, embed_labelled, match_classes, read_labelled
+from patchsight_serve.labelled import Embedded, check_labels, embed_labelled, match_classes, read_labelled
+from patchsight_serve.nearest import normalize_rows
 from patchsight_serve.protocol import KS, Figures, evaluate
+from patchsight_serve.terminal import progress_bar
 from patchsight_serve.vote import TEMPERATURE
 
 PROTOCOL = {
@@ -33,19 +33,16 @@ PROTOCOL = {
 
 def run(settings: KnnSettings) -> dict[str, Any]:
     """Do it all, print it, and return what `--json` prints. Raises PatchsightError."""
-    train = read_labelled(settings.train)
-    test = match_classes(train, read_labelled(settings.test))
-    with _embedder(settings) as embedder, _progress() as progress:
-        embedded = []
-        for name, dataset in (("train", train), ("test", test)):
-            task = progress.add_task(f"embed {name}", total=len(dataset))
-            embedded.append(embed_labelled(dataset, embedder, lambda task=task: progress.advance(task)))  # type: ignore[misc]
-        gallery, queries = embedded
+    made = holds_embeddings(settings.train)
+    if made != holds_embeddings(settings.test):
+        raise InvalidRequest(f"{settings.train} and {settings.test}: one holds embeddings, the other images")
+    with progress_bar() as progress:
+        gallery, queries, sides = (_read if made else _embed)(settings, progress)
         task = progress.add_task("classify", total=len(queries.names))
         figures = evaluate(
             gallery.vectors, gallery.labels, queries.vectors, queries.labels, lambda n: progress.advance(task, n)
         )
-    report = _report(settings, embedder, gallery, queries, figures, test)
+    report = _report(settings, gallery, queries, figures, sides)
     if settings.as_json:
         print(json.dumps(report))
     else:
@@ -53,44 +50,59 @@ def run(settings: KnnSettings) -> dict[str, Any]:
     return report
 
 
-@contextmanager
-def _embedder(settings: KnnSettings) -> Iterator[Embedder]:
-    """The server, or an encoder in this process."""
-    if settings.server is not None:
-        key = settings.api_key.get_secret_value() if settings.api_key else None
-        with Client(settings.server, key, encoder=settings.encoder, output=settings.output) as client:
-            yield client
-        return
-    from patchsight_serve.repository import load_encoders  # ONNX Runtime: not needed where a server does the work
+class Sides(NamedTuple):
+    """What both sides have in common: who embedded them, and what their classes are called."""
 
-    encoders = load_encoders(settings.model_repository)
-    name = settings.encoder or next(iter(encoders))
-    if name not in encoders:
-        message = f"--encoder {name!r} is not in {settings.model_repository}; there are {', '.join(encoders)}"
-        raise NotFound(message, "encoder")
-    yield LocalEmbedder(encoders[name], settings.output)
+    encoder: Identity
+    output: str
+    class_names: list[str] | None
 
 
-def _progress() -> Progress:
-    """On stderr, so that stdout holds the result alone."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
+def _embed(settings: KnnSettings, progress: Progress) -> tuple[Embedded, Embedded, Sides]:
+    """Both sides are images."""
+    train = read_labelled(settings.train)
+    test = match_classes(train, read_labelled(settings.test))
+    with open_embedder(settings) as embedder:
+        embedded = []
+        for name, dataset in (("train", train), ("test", test)):
+            task = progress.add_task(f"embed {name}", total=len(dataset))
+            embedded.append(embed_labelled(dataset, embedder, lambda task=task: progress.advance(task)))  # type: ignore[misc]
+        gallery, queries = embedded
+        return gallery, queries, Sides(embedder.encoder, embedder.output, test.class_names)
+
+
+def _read(settings: KnnSettings, _: Progress) -> tuple[Embedded, Embedded, Sides]:
+    """Both sides are embeddings already."""
+    train = check_labels(settings.train, read_embeddings(settings.train))
+    test = match_classes(train, check_labels(settings.test, read_embeddings(settings.test)))
+    if (train.encoder, train.output) != (test.encoder, test.output) or train.vectors.shape[1] != test.vectors.shape[1]:
+        raise InvalidRequest(
+            f"{settings.train} and {settings.test} are of different encoders: {train.encoder} ({train.output}, "
+            f"{train.vectors.shape[1]} numbers) and {test.encoder} ({test.output}, {test.vectors.shape[1]} numbers)"
+        )
+    sides = Sides(train.encoder or Identity("unstated", "unstated"), train.output or "unstated", test.class_names)
+    embedded = []
+    for side in (train, test):
+        assert side.labels is not None
+        normalize_rows(side.vectors)
+        embedded.append(Embedded(side.names, side.labels, side.vectors, []))
+    return embedded[0], embedded[1], sides
 
 
 def _report(
-    settings: KnnSettings, embedder: Embedder, gallery: Embedded, queries: Embedded, figures: Figures, test: Dataset
+    settings: KnnSettings, gallery: Embedded, queries: Embedded, figures: Figures, sides: Sides
 ) -> dict[str, Any]:
     missing = sorted(set(queries.labels.tolist()) - set(gallery.labels.tolist()))
     low, high = figures.interval
     return {
         "protocol": PROTOCOL | {"k": list(figures.accuracy), "headline_k": figures.headline},
-        "encoder": embedder.encoder._asdict() | {"output": embedder.output},
+        "encoder": sides.encoder._asdict() | {"output": sides.output},
         "accuracy": {str(k): value for k, value in figures.accuracy.items()},
         "headline": {"k": figures.headline, "accuracy": figures.accuracy[figures.headline], "interval_95": [low, high]},
         "train": _source(settings.train, gallery),
         "test": _source(settings.test, queries),
         "classes": len(np.unique(gallery.labels)),
-        "classes_only_in_test": [test.class_names[c] if test.class_names else str(c) for c in missing],
+        "classes_only_in_test": [sides.class_names[c] if sides.class_names else str(c) for c in missing],
         "server": settings.server,
     }
 

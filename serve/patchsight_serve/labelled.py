@@ -2,13 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 from patchsight_serve.dataset import Dataset, read_dataset
 from patchsight_serve.embedder import Embedder
+from patchsight_serve.embedding_file import Embeddings
 from patchsight_serve.errors import InvalidRequest, PatchsightError
 from patchsight_serve.nearest import F32, I64, normalize
+
+Labelled = TypeVar("Labelled", Dataset, Embeddings)
 
 
 @dataclass(frozen=True)
@@ -24,16 +28,20 @@ class Embedded:
 
 def read_labelled(source: str) -> Dataset:
     """As `read_dataset`. Raises InvalidRequest also where there are no labels, or negative ones."""
-    dataset = read_dataset(source)
-    if dataset.labels is None:
+    return check_labels(source, read_dataset(source))
+
+
+def check_labels(source: str, rows: Labelled) -> Labelled:
+    """Raises InvalidRequest where one has none."""
+    if rows.labels is None:
         raise InvalidRequest(f"{source}: has no labels; give class folders, or Parquet with a column `label`")
-    if dataset.labels.min() < 0:
-        row = int(dataset.labels.argmin())
-        raise InvalidRequest(f"{source}: the label of {dataset.names[row]} is {dataset.labels[row]}; they begin with 0")
-    return dataset
+    if rows.labels.min() < 0:
+        row = int(rows.labels.argmin())
+        raise InvalidRequest(f"{source}: the label of {rows.names[row]} is {rows.labels[row]}; they begin with 0")
+    return rows
 
 
-def match_classes(train: Dataset, test: Dataset) -> Dataset:
+def match_classes(train: Labelled, test: Labelled) -> Labelled:
     """`test` with the class numbers of `train`: folders number their own classes, and where one lacks a class, all
     behind it are shifted. A class that only `test` has gets a number of its own, for which no neighbor can vote."""
     if train.class_names is None or test.class_names is None or test.labels is None:

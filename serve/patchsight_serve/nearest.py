@@ -14,6 +14,7 @@ import numpy as np
 
 from patchsight_serve.errors import InvalidRequest
 
+ROWS = 65_536  # that are normalized at once, in float64
 MARGIN = 16  # asked for beyond k: enough that real embeddings are settled at the first try
 
 F32 = np.ndarray[Any, np.dtype[np.float32]]
@@ -37,6 +38,29 @@ def normalize(vectors: F32) -> F32:
     scaled = exact / peak
     unit: F32 = (scaled / np.linalg.norm(scaled, axis=-1, keepdims=True)).astype(np.float32)
     return unit
+
+
+def normalize_rows(vectors: F32) -> None:
+    """`normalize` in place, for matrices of gigabytes."""
+    for start in range(0, len(vectors), ROWS):
+        part = vectors[start : start + ROWS]
+        part[:] = normalize(part)
+
+
+class Flat:
+    """Unit rows `(N, D)` as an index that searches them where they lie: a copy of a gallery may be gigabytes."""
+
+    def __init__(self, vectors: F32) -> None:
+        self._vectors = np.ascontiguousarray(vectors)
+        self.ntotal, self.d = vectors.shape
+
+    def search(self, queries: F32, k: int, params: None = None) -> tuple[F32, I64]:  # noqa: ARG002 - FAISS's signature
+        found: tuple[F32, I64] = faiss.knn(queries, self._vectors, k, metric=faiss.METRIC_INNER_PRODUCT)
+        return found
+
+    def reconstruct_batch(self, keys: I64) -> F32:
+        rows: F32 = self._vectors[keys]
+        return rows
 
 
 def flat_index(dim: int) -> Any:
@@ -71,7 +95,8 @@ def nearest(index: Any, queries: F32, k: int, selector: Any = None) -> list[tupl
     best `k`, ties at the k-th place included. Sorting by score and by the caller's own rule for ties gives exactly
     what brute force gives.
 
-    index: `flat_index`; must not change during the call. selector: a `faiss.IDSelector` of the keys allowed, or None.
+    index: `flat_index` or `Flat`; must not change during the call. selector: a `faiss.IDSelector` of the keys allowed,
+    or None.
     """
     found: list[tuple[I64, F32]] = [(np.empty(0, np.int64), np.empty(0, np.float32))] * len(queries)
     if index.ntotal == 0 or k < 1:

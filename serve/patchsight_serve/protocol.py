@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from patchsight_serve.nearest import F32, I64, flat_index, nearest
+from patchsight_serve.nearest import F32, I64, Flat, nearest
 from patchsight_serve.vote import vote
 
 KS = (1, 5, 10, 20, 100, 200)
@@ -28,11 +28,10 @@ class Figures:
 
 
 class Rows:
-    """A gallery of unit vectors float32 `(N, D)`, to be searched by row."""
+    """A gallery of unit vectors float32 `(N, D)`, to be searched by row. It is not copied."""
 
     def __init__(self, gallery: F32) -> None:
-        self._index = flat_index(gallery.shape[1])
-        self._index.add_with_ids(gallery, np.arange(len(gallery), dtype=np.int64))
+        self._index = Flat(gallery)
 
     def search(self, queries: F32, k: int) -> tuple[F32, I64]:
         """The `k` best rows for each unit query of `(Q, D)`: similarity float32 and row int64, both `(Q, k)`, best

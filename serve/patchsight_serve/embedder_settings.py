@@ -1,0 +1,51 @@
+"""Which encoder turns images into embeddings, and where it runs: what the commands that embed have in common."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, SecretStr
+
+from patchsight_serve.config import CommandSettings
+from patchsight_serve.errors import NotFound
+from patchsight_serve.manifest import default_repository
+
+if TYPE_CHECKING:
+    from patchsight_serve.embedder import Embedder
+
+
+class EmbedderSettings(CommandSettings):
+    encoder: str | None = Field(None, description="name of the encoder (default: the server's, or the first by name)")
+    output: Literal["recommended", "cls", "mean"] = Field("recommended", description="which embedding of the encoder")
+    model_repository: Path = Field(
+        default_factory=default_repository, description="folder with one encoder bundle per subfolder"
+    )
+    server: str | None = Field(None, description="URL of a running server, which embeds in place of this process")
+    api_key: SecretStr | None = Field(None, description="the server's API key")
+
+
+@contextmanager
+def open_embedder(settings: EmbedderSettings) -> Iterator["Embedder"]:
+    """The server, or an encoder in this process.
+
+    Raises:
+        NotFound: there is no such encoder. InvalidRequest: it has no such output, or `server` is no URL.
+        PatchsightError: the server cannot be reached.
+    """
+    if settings.server is not None:
+        from patchsight_serve.client import Client
+
+        key = settings.api_key.get_secret_value() if settings.api_key else None
+        with Client(settings.server, key, encoder=settings.encoder, output=settings.output) as client:
+            yield client
+        return
+    from patchsight_serve.embedder import LocalEmbedder
+    from patchsight_serve.repository import load_encoders  # ONNX Runtime: not needed where a server does the work
+
+    encoders = load_encoders(settings.model_repository)
+    name = settings.encoder or next(iter(encoders))
+    if name not in encoders:
+        message = f"--encoder {name!r} is not in {settings.model_repository}; there are {', '.join(encoders)}"
+        raise NotFound(message, "encoder")
+    yield LocalEmbedder(encoders[name], settings.output)
