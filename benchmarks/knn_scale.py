@@ -86,7 +86,7 @@ def main() -> None:
 
 def table(rounds: list[dict[str, Any]], ratios: list[float]) -> str:
     def median(name: str, key: str) -> float:
-        return statistics.median(r[name][key] for r in rounds)
+        return float(statistics.median(r[name][key] for r in rounds))
 
     return "\n".join(
         [
