@@ -179,16 +179,24 @@ def random_pixels() -> Tensor:
     return torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8, generator=Generator().manual_seed(5))
 
 
+@pytest.fixture(scope="session")
+def draw_pictures() -> Callable[[Path], Path]:
+    """`draw_pictures(root)`: twelve 20 × 16 PNGs in two class folders, `cats` and `dogs`."""
+
+    def draw_pictures(root: Path) -> Path:
+        rng = np.random.default_rng(11)
+        for i in range(12):
+            folder = root / ("cats" if i % 2 else "dogs")
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (20, 16, 3), dtype=np.uint8)).save(folder / f"{i:02}.png")
+        return root
+
+    return draw_pictures
+
+
 @pytest.fixture
-def picture_folder(tmp_path: Path) -> Path:
-    """Twelve 20 × 16 PNGs in two class folders: `cats` and `dogs`."""
-    rng = np.random.default_rng(11)
-    root = tmp_path / "pictures"
-    for i in range(12):
-        folder = root / ("cats" if i % 2 else "dogs")
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (20, 16, 3), dtype=np.uint8)).save(folder / f"{i:02}.png")
-    return root
+def picture_folder(draw_pictures: Callable[[Path], Path], tmp_path: Path) -> Path:
+    return draw_pictures(tmp_path / "pictures")
 
 
 @pytest.fixture
