@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 from pydantic_settings import CliToggleFlag, SettingsConfigDict
@@ -24,6 +24,12 @@ class KnnSettings(EmbedderSettings):
 
     train: str = Field(description="labelled images whose classes are known: the gallery")
     test: str = Field(description="labelled images to classify")
+    skip_self: CliToggleFlag[bool] = Field(
+        False, description="an image of the gallery with the query's name does not vote: for a set against itself"
+    )
+    shots: list[Annotated[int, Field(gt=0)]] = Field([], description="also with so few labelled images of each class")
+    draws: Annotated[int, Field(gt=0)] = Field(5, description="how often these few are drawn")
+    seed: int = Field(0, description="of the draws")
     as_json: CliToggleFlag[bool] = Field(False, description="print one JSON object instead of the table")
 
 

@@ -13,9 +13,9 @@ from patchsight_serve.embedding_file import holds_embeddings, read_embeddings
 from patchsight_serve.errors import InvalidRequest
 from patchsight_serve.item import Identity
 from patchsight_serve.knn import KnnSettings
-from patchsight_serve.labelled import Embedded, check_labels, embed_labelled, match_classes, read_labelled
+from patchsight_serve.labelled import Embedded, check_labels, embed_labelled, match_classes, match_names, read_labelled
 from patchsight_serve.nearest import normalize_rows
-from patchsight_serve.protocol import KS, Figures, evaluate
+from patchsight_serve.protocol import KS, FewShot, Figures, evaluate, few_shot
 from patchsight_serve.terminal import progress_bar
 from patchsight_serve.vote import TEMPERATURE
 
@@ -38,11 +38,12 @@ def run(settings: KnnSettings) -> dict[str, Any]:
         raise InvalidRequest(f"{settings.train} and {settings.test}: one holds embeddings, the other images")
     with progress_bar() as progress:
         gallery, queries, sides = (_read if made else _embed)(settings, progress)
+        vectors = gallery.vectors, gallery.labels, queries.vectors, queries.labels
+        own = match_names(gallery.names, queries.names) if settings.skip_self else None
         task = progress.add_task("classify", total=len(queries.names))
-        figures = evaluate(
-            gallery.vectors, gallery.labels, queries.vectors, queries.labels, lambda n: progress.advance(task, n)
-        )
-    report = _report(settings, gallery, queries, figures, sides)
+        figures = evaluate(*vectors, lambda n: progress.advance(task, n), own)
+        few = [few_shot(*vectors, shots, settings.draws, settings.seed, own) for shots in settings.shots]
+    report = _report(settings, gallery, queries, figures, sides) | {"few_shot": [_few(shot) for shot in few]}
     if settings.as_json:
         print(json.dumps(report))
     else:
@@ -95,7 +96,8 @@ def _report(
     missing = sorted(set(queries.labels.tolist()) - set(gallery.labels.tolist()))
     low, high = figures.interval
     return {
-        "protocol": PROTOCOL | {"k": list(figures.accuracy), "headline_k": figures.headline},
+        "protocol": PROTOCOL
+        | {"k": list(figures.accuracy), "headline_k": figures.headline, "skip_self": settings.skip_self},
         "encoder": sides.encoder._asdict() | {"output": sides.output},
         "accuracy": {str(k): value for k, value in figures.accuracy.items()},
         "headline": {"k": figures.headline, "accuracy": figures.accuracy[figures.headline], "interval_95": [low, high]},
@@ -104,6 +106,17 @@ def _report(
         "classes": len(np.unique(gallery.labels)),
         "classes_only_in_test": [sides.class_names[c] if sides.class_names else str(c) for c in missing],
         "server": settings.server,
+    }
+
+
+def _few(found: FewShot) -> dict[str, Any]:
+    deviation = float(np.std(found.accuracy, ddof=1)) if len(found.accuracy) > 1 else None
+    return {
+        "shots": found.shots,
+        "draws": len(found.accuracy),
+        "accuracy": float(np.mean(found.accuracy)),
+        "deviation": deviation,
+        "classes_with_fewer": len(found.short),
     }
 
 
@@ -129,6 +142,12 @@ def _print(report: dict[str, Any]) -> None:
         f"gallery: {train['images']:,} images of {report['classes']} classes, {train['source']}",
         f"queries: {test['images']:,} images, {test['source']}",
     ]
+    if protocol["skip_self"]:
+        lines.append("an image of the gallery with the query's name does not vote")
+    for few in report["few_shot"]:
+        spread = "" if few["deviation"] is None else f" ± {few['deviation']:.4f}"
+        fewer = f"; {few['classes_with_fewer']} classes have fewer" if few["classes_with_fewer"] else ""
+        lines.append(f"{few['shots']} per class: {few['accuracy']:.4f}{spread} over {few['draws']} draws{fewer}")
     if len(report["accuracy"]) < len(KS):
         lines.append(f"left out: k above the gallery's {train['images']:,} images")
     if report["classes_only_in_test"]:

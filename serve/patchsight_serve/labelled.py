@@ -51,6 +51,18 @@ def match_classes(train: Labelled, test: Labelled) -> Labelled:
     return replace(test, labels=number[test.labels], class_names=names)
 
 
+def match_names(gallery: list[str], queries: list[str]) -> I64:
+    """For each query the gallery's row of the same name, −1 where there is none: int64 `(Q,)`.
+
+    Raises InvalidRequest where two images of the gallery share a name: then it does not tell which is meant.
+    """
+    row = {name: i for i, name in enumerate(gallery)}
+    if len(row) < len(gallery):
+        name = next(name for i, name in enumerate(gallery) if row[name] != i)
+        raise InvalidRequest(f"two images of the gallery are called {name!r}: names do not tell which a query is")
+    return np.array([row.get(name, -1) for name in queries], dtype=np.int64)
+
+
 def embed_labelled(dataset: Dataset, embedder: Embedder, advance: Callable[[], None] = lambda: None) -> Embedded:
     """Embed all images of a labelled dataset; one that cannot be read is left out and listed.
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 import uvicorn
@@ -20,10 +21,10 @@ from patchsight_serve.dataset import read_dataset
 from patchsight_serve.embedder import LocalEmbedder
 from patchsight_serve.errors import InvalidRequest, NotFound, PatchsightError, Unauthorized
 from patchsight_serve.fake_encoder import FakeEncoder
-from patchsight_serve.labelled import embed_labelled, match_classes, read_labelled
+from patchsight_serve.labelled import embed_labelled, match_classes, match_names, read_labelled
 from patchsight_serve.nearest import normalize
 from patchsight_serve.ort_encoder import OrtEncoder
-from patchsight_serve.protocol import Rows, evaluate, wilson
+from patchsight_serve.protocol import Rows, evaluate, few_shot, wilson
 from patchsight_serve.sample_gallery import SAMPLES
 from patchsight_serve.settings import ServeSettings
 from patchsight_serve.vote import vote
@@ -72,6 +73,60 @@ def test_predictions_equal_the_protocol_written_in_loops(copies: int) -> None:
     similarity, rows = Rows(gallery).search(queries, 30)
     assert rows.tolist() == [[row for _, row in neighbors[:30]] for neighbors in ranked]
     assert similarity.tolist() == [[score for score, _ in neighbors[:30]] for neighbors in ranked]
+
+
+def test_brute_force_faiss_and_the_protocol_agree_on_every_prediction() -> None:
+    """Of vectors without ties, where FAISS's own order is the order."""
+    gallery, labels = blobs(3000, 16, 7)
+    queries, truth = blobs(500, 16, 7, seed=5)
+    figures = evaluate(gallery, labels, queries, truth)
+    similarity, rows = faiss.knn(queries, gallery, 200, metric=faiss.METRIC_INNER_PRODUCT)
+    exact = queries.astype(np.float64) @ gallery.T.astype(np.float64)
+    by_hand = np.argsort(-exact, axis=1)[:, :200]
+    for k, predicted in figures.predictions.items():
+        assert vote(similarity, labels[rows], 7, k).tolist() == predicted.tolist()
+        weights = np.exp(np.take_along_axis(exact, by_hand, 1)[:, :k] / 0.07)
+        votes = np.stack([(weights * (labels[by_hand[:, :k]] == c)).sum(axis=1) for c in range(7)], axis=1)
+        assert votes.argmax(axis=1).tolist() == predicted.tolist()
+
+
+def test_an_image_does_not_vote_for_itself() -> None:
+    """Each row against all others, in loops; and a query that is not in the gallery keeps all of it."""
+    gallery, _ = blobs(60)
+    gallery = np.concatenate([gallery, gallery[:5]])  # copies: the other one may vote
+    labels = np.random.default_rng(1).integers(0, 4, 65)
+    stranger, _ = blobs(1, seed=8)
+    own = np.append(np.arange(65), -1)
+    figures = evaluate(gallery, labels, np.concatenate([gallery, stranger]), np.append(labels, 0), own=own)
+    assert list(figures.predictions) == [1, 5, 10, 20]
+    for k, predicted in figures.predictions.items():
+        for row in range(65):
+            others = [pair for pair in neighbors_of(gallery[row], gallery) if pair[1] != row]
+            assert predicted[row] == class_of(others, labels, k)
+        assert predicted[65] == class_of(neighbors_of(stranger[0], gallery), labels, k)
+    with pytest.raises(InvalidRequest, match="a gallery of 1 images leaves no neighbor"):
+        evaluate(gallery[:1], labels[:1], gallery[:1], labels[:1], own=np.array([0]))
+
+
+def test_few_shots_are_the_protocol_on_what_was_drawn() -> None:
+    gallery, labels = blobs(200)
+    gallery, labels = np.concatenate([gallery, gallery[:2]]), np.append(labels, [9, 9])  # a class of two images
+    queries, truth = blobs(100, seed=3)
+    found = few_shot(gallery, labels, queries, truth, 3, 4, seed=1)
+    assert (found.shots, len(found.accuracy), found.short) == (3, 4, [9])
+    assert len(set(found.accuracy)) > 1
+    assert found == few_shot(gallery, labels, queries, truth, 3, 4, seed=1)
+    assert found != few_shot(gallery, labels, queries, truth, 3, 4, seed=2)
+    everything = few_shot(gallery, labels, queries, truth, 1000, 2)
+    assert everything.accuracy == [evaluate(gallery, labels, queries, truth).accuracy[20]] * 2
+    one = few_shot(gallery, labels, gallery, labels, 1000, 1, own=np.arange(202))
+    assert one.accuracy == [evaluate(gallery, labels, gallery, labels, own=np.arange(202)).accuracy[20]]
+
+
+def test_names_tell_which_image_is_meant() -> None:
+    assert match_names(["a", "b", "c"], ["c", "x", "a"]).tolist() == [2, -1, 0]
+    with pytest.raises(InvalidRequest, match="two images of the gallery are called 'a'"):
+        match_names(["a", "b", "a"], ["a"])
 
 
 def test_ties_among_more_copies_than_any_margin_go_by_row() -> None:
@@ -278,6 +333,24 @@ def test_the_table_stands_beside_its_protocol(sources, tiny_bundle: Path, capsys
     assert "left out: k above the gallery's 120 images" in out
     assert "skipped in queries: dress/cut.jpg" in out
     assert "embed train" in err
+
+
+def test_a_set_against_itself_and_with_few_labels(sources, tiny_bundle: Path, capsys) -> None:
+    command = ["--train", sources[0], "--test", sources[0], "--model-repository", str(tiny_bundle.parent)]
+    knn.main([*command, "--json"])
+    with_itself = json.loads(capsys.readouterr().out)
+    knn.main([*command, "--json", "--skip-self", "--shots", "1", "--shots", "5", "--draws", "3"])
+    without = json.loads(capsys.readouterr().out)
+    assert with_itself["accuracy"]["1"] == 1.0 > without["accuracy"]["1"]
+    assert (with_itself["protocol"]["skip_self"], without["protocol"]["skip_self"]) == (False, True)
+    assert with_itself["few_shot"] == []
+    assert [(few["shots"], few["draws"]) for few in without["few_shot"]] == [(1, 3), (5, 3)]
+    assert all(0 < few["accuracy"] < 1 and few["deviation"] >= 0 for few in without["few_shot"])
+    knn.main([*command, "--skip-self", "--shots", "50"])
+    out = capsys.readouterr().out
+    assert "an image of the gallery with the query's name does not vote" in out
+    assert "50 per class: 0." in out
+    assert "over 5 draws; 10 classes have fewer" in out
 
 
 @pytest.mark.parametrize(
