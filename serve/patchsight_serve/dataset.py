@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from patchsight_serve.column import BinaryColumn
-from patchsight_serve.errors import InvalidRequest
+from patchsight_serve.errors import InvalidRequest, PatchsightError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif"}
 
@@ -51,6 +51,16 @@ class Dataset:
         if isinstance(self._content, Path):
             return (self._content / self.names[i]).read_bytes()
         return self._content[i]
+
+    def contents(self, unread: dict[int, str]) -> Iterator[bytes]:
+        """All images in order. For one that cannot be read, empty bytes, and the reason goes into `unread`: a file that
+        is gone must not cost the work on all others."""
+        for i in range(len(self)):
+            try:
+                yield self.read(i)
+            except (OSError, PatchsightError) as error:
+                unread[i] = str(error)
+                yield b""
 
 
 def read_dataset(source: str | Path) -> Dataset:

@@ -74,10 +74,10 @@ def embed_labelled(dataset: Dataset, embedder: Embedder, advance: Callable[[], N
     rows: list[int] = []
     vectors: list[F32] = []
     skipped: list[tuple[str, str]] = []
-    images = (dataset.read(i) for i in range(len(dataset)))
-    for i, result in enumerate(embedder.embed_each(images)):
+    unread: dict[int, str] = {}
+    for i, result in enumerate(embedder.embed_each(dataset.contents(unread))):
         if isinstance(result, PatchsightError):
-            skipped.append((dataset.names[i], result.message))
+            skipped.append((dataset.names[i], unread.get(i, result.message)))
         elif not np.isfinite(result).all() or not result.any():
             raise PatchsightError(f"the embedding of {dataset.names[i]} holds NaN or infinity, or has length 0")
         else:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from patchsight_serve import dataset as datasets
 from patchsight_serve import embed, knn
 from patchsight_serve.dataset import read_dataset
 from patchsight_serve.embedder import LocalEmbedder
@@ -51,6 +52,25 @@ def test_embeddings_are_those_of_the_encoder_and_what_is_broken_is_listed(
     assert found.labels is not None
     assert dataset.labels is not None
     assert found.labels.tolist() == dataset.labels[good].tolist()
+
+
+def test_a_file_that_is_gone_costs_itself_alone(
+    sources: tuple[Path, Path], tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    gone = sources[1] / read_dataset(sources[1]).names[3]
+    read = datasets.read_dataset
+
+    def then_it_vanishes(source: str) -> datasets.Dataset:
+        dataset = read(source)
+        gone.unlink()
+        return dataset
+
+    monkeypatch.setattr(datasets, "read_dataset", then_it_vanishes)
+    run("--data", sources[1], "--out", tmp_path / "e.parquet", "--model-repository", tiny_bundle.parent)
+    printed = capsys.readouterr()
+    assert "19 embeddings" in printed.out
+    assert f"{gone.relative_to(sources[1])}: [Errno 2] No such file" in printed.err
 
 
 def test_neighbors_of_embeddings_are_those_of_the_images(
