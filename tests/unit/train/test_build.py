@@ -22,7 +22,7 @@ def test_settings_make_their_objective(name: str, settings: Callable[..., TrainS
     assert isinstance(found.kept, ViT)
     assert found.kept.config == chosen.architecture
     assert found.micro_batch == 5
-    assert found.pooling == ("mean" if name == "mae" else "cls")
+    assert found.pooling == ("mean" if name in ("mae", "autoencoder", "skip_autoencoder") else "cls")
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "simclr", "dino", "swav"])

@@ -77,7 +77,7 @@ def test_ten_epochs_of_real_images_at_the_default_settings_are_not_suspected(
         device="cpu", precision="fp32",
     )  # fmt: skip
     _, metrics = learn(name, images.pixels, 100, **chosen.model_dump(exclude={"config"}))
-    watching = detector(chosen, 20, 10)
+    watching = detector(chosen, chosen.batch_size, 10)
     assert [text for step, values in enumerate(metrics, 1) if (text := watching.see(step, values))] == []
 
 
@@ -135,7 +135,7 @@ def test_a_collapse_is_named_within_an_epoch_of_it(
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("autoencoder", {"lr": 1.0}), ("mae", {"lr": 1.0}), ("swav", {"lr": 1.0}), ("swav", {"epsilon": 1.0})],
+    [("autoencoder", {"lr": 3.0}), ("mae", {"lr": 1.0}), ("swav", {"lr": 1.0}), ("swav", {"epsilon": 1.0})],
 )
 def test_embeddings_in_one_direction_are_named_at_the_evaluation(
     name: str, changes: dict[str, Any], run: Callable[..., Any]

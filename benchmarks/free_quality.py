@@ -1,0 +1,142 @@
+"""What a trained encoder gives for free: centering, whitening, both embeddings at once, the mirror image besides.
+
+    python benchmarks/free_quality.py          # about 10 minutes on 2 cores
+    python benchmarks/free_quality.py --quick  # the first 10,000 and 2,000 images
+
+Every bundle of `model_repository/`. Mean and covariance are learned from CIFAR-10's training images without their
+labels, the encoder's own data, and used on clothing10 as they are, as they would be in a graph that ships. Whitening is
+ZCA: W = V (Λ + s·λ̄)^(−½) Vᵀ, where λ̄ is the mean eigenvalue and s keeps directions of noise from being blown up. 20-NN
+by DINO's protocol and a linear probe. Writes `benchmarks/results/free_quality.json` and the table in docs.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from measure import DATA, ROOT, publish, save
+
+from patchsight_serve.dataset import Dataset, read_dataset
+from patchsight_serve.decode import decode
+from patchsight_serve.embedder import batches
+from patchsight_serve.nearest import F32, I64, normalize
+from patchsight_serve.ort_encoder import OrtEncoder
+from patchsight_serve.protocol import evaluate
+from patchsight_serve.repository import load_encoders
+from patchsight_train.linear import linear_probe
+
+DATASETS = ("cifar10", "clothing10")
+Map = Callable[[F32], F32]  # embeddings (N, D) to others
+
+
+class Split(NamedTuple):
+    """Embeddings as the graph gives them, float32 `(N, D)`, of the pictures and of their mirror images."""
+
+    cls: F32
+    mean: F32
+    cls_mirrored: F32
+    labels: I64
+
+
+def split(encoder: OrtEncoder, dataset: Dataset, limit: int | None) -> Split:
+    assert dataset.labels is not None
+    outputs: list[dict[str, F32]] = []
+    for rows in batches(range(min(len(dataset), limit or len(dataset))), 64):
+        pixels = np.stack([decode(dataset.read(i), encoder.manifest.transform) for i in rows])
+        found = encoder.run(pixels, ["cls_embedding", "mean_embedding"])
+        mirrored = encoder.run(np.ascontiguousarray(pixels[:, :, ::-1]), ["cls_embedding"])
+        outputs.append({**found, "mirrored": mirrored["cls_embedding"]})
+    joined = {name: np.concatenate([o[name] for o in outputs]) for name in outputs[0]}
+    labels = dataset.labels[: len(joined["mirrored"])]
+    return Split(joined["cls_embedding"], joined["mean_embedding"], joined["mirrored"], labels)
+
+
+def both(s: Split) -> F32:
+    """CLS and mean of the patch tokens, each of length 1, side by side."""
+    return np.concatenate([normalize(s.cls), normalize(s.mean)], axis=1)
+
+
+def with_mirror(s: Split) -> F32:
+    return normalize(s.cls) + normalize(s.cls_mirrored)
+
+
+def plain(learned_from: F32) -> Map:  # noqa: ARG001 - the signature of the others
+    return lambda x: x
+
+
+def centering(learned_from: F32) -> Map:
+    mean = learned_from.mean(axis=0)
+    return lambda x: x - mean
+
+
+def whitening(s: float) -> Callable[[F32], Map]:
+    def learn(learned_from: F32) -> Map:
+        mean = learned_from.mean(axis=0)
+        values, vectors = np.linalg.eigh(np.cov((learned_from - mean).T.astype(np.float64)))
+        W = (vectors * (values + s * values.mean()) ** -0.5) @ vectors.T
+        return lambda x: ((x - mean) @ W).astype(np.float32)
+
+    return learn
+
+
+FEATURES: dict[str, Callable[[Split], F32]] = {
+    "CLS": lambda s: normalize(s.cls),
+    "mean of the patch tokens": lambda s: normalize(s.mean),
+    "both side by side": both,
+    "CLS of picture + mirror image": with_mirror,
+}
+MAPS: dict[str, Callable[[F32], Map]] = {
+    "as it is": plain,
+    "centered": centering,
+    "whitened, s = 0.1": whitening(0.1),
+    "whitened, s = 0.01": whitening(0.01),
+    "whitened": whitening(0.0),
+}
+
+
+def main() -> None:
+    sizes = (10_000, 2_000) if "--quick" in sys.argv[1:] else (None, None)
+    results: dict[str, dict[str, float]] = {}
+    for name, encoder in load_encoders(ROOT / "model_repository").items():
+        assert isinstance(encoder, OrtEncoder)
+        splits = {
+            data: [split(encoder, read_dataset(DATA / data / f"{part}.parquet"), n) for part, n in parts(sizes)]
+            for data in DATASETS
+        }
+        for features, of in FEATURES.items():
+            for how, learn in MAPS.items():
+                change = learn(of(splits["cifar10"][0]))
+                row = {k: v for data in DATASETS for k, v in measured(data, splits[data], of, change).items()}
+                results[f"{name}: {features}, {how}"] = row
+                print(features, how, {k: round(v, 4) for k, v in row.items()}, flush=True)
+    print(table(results))
+    if sizes[0] is None:
+        save("free_quality", {"results": results})
+        publish("free_quality", table(results))
+
+
+def parts(sizes: tuple[int | None, int | None]) -> list[tuple[str, int | None]]:
+    return [("train", sizes[0]), ("test", sizes[1])]
+
+
+def measured(data: str, splits: list[Split], of: Callable[[Split], F32], change: Map) -> dict[str, float]:
+    gallery, queries = (normalize(change(of(s))) for s in splits)
+    labels, truth = (s.labels for s in splits)
+    figures = evaluate(gallery, labels, queries, truth)
+    probe = linear_probe(*(torch.tensor(x) for x in (gallery, labels, queries, truth)))
+    return {f"{data} 20-NN": figures.accuracy[20], f"{data} linear": probe}
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    columns = list(next(iter(results.values())))
+    lines = ["| embedding | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+    best = {column: max(row[column] for row in results.values()) for column in columns}
+    for name, row in results.items():
+        cells = [f"**{row[c]:.3f}**" if row[c] == best[c] else f"{row[c]:.3f}" for c in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
