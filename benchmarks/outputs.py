@@ -21,7 +21,7 @@ import torch
 from measure import save
 from torch import Tensor, nn
 
-from patchsight_export.to_onnx import OUTPUTS, ServedViT, to_onnx
+from patchsight_export.to_onnx import OUTPUTS, served, to_onnx
 from patchsight_export.verify import noise
 from patchsight_train.architecture import SIZES, ViTConfig
 from patchsight_train.views import eval_view
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         encoder = ViT(config)
         sessions = [
             session(Plain(encoder), config.image_size, EMBEDDINGS),
-            session(ServedViT(encoder), config.image_size, OUTPUTS),
+            session(served(encoder), config.image_size, OUTPUTS),
         ]
         for batch in BATCHES:
             measured = measure(ways(config, batch, sessions), batch, arguments.rounds)

@@ -4,6 +4,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patchsight_export.settings import ExportSettings
@@ -45,14 +46,21 @@ def export(settings: ExportSettings) -> None:
     print(f"{PROG}\n{settings.describe()}")
     check_free(settings.bundle)
 
+    from rich.console import Console
+
     from patchsight_export.source import read_run  # torch: after what can fail without it
     from patchsight_export.to_onnx import served, to_onnx, with_metadata
     from patchsight_export.verify import noise, photos, verify
+    from patchsight_export.whitening import SHRINKAGE, learn_whitening
 
-    source = read_run(settings.source, settings.step)
+    source, whiten = read_run(settings.source, settings.step), None
+    if settings.whiten is not None:
+        whiten, images = learn_whitening(source.encoder, settings.whiten, Console())
+        told = f"ZCA, shrinkage {SHRINKAGE}, by {len(images):,} images of {Path(settings.whiten).name}"
+        source = source.noted(f"embeddings whitened: {told}")
     draft = source.manifest(settings.bundle.name, sha256="0" * 64)
     print(f"{draft.objective}, {draft.architecture}: {draft.parameters / 1e6:.2f} M parameters, step {source.step:,}")
-    module, size = served(source.encoder), draft.transform.crop
+    module, size = served(source.encoder, whiten), draft.transform.crop
     model = with_metadata(to_onnx(module, size, tuple(draft.outputs), settings.opset), draft.metadata())
     pictures = {"noise": noise(size), "photos": photos(draft.transform)}
     print("\n".join(verdict(verify(model, module, draft.outputs, pictures), list(draft.outputs))))

@@ -21,5 +21,8 @@ class ExportSettings(CommandSettings):
     bundle: CliPositionalArg[Path] = Field(
         description="MODEL_REPOSITORY/NAME: the bundle to make, or the one that was measured"
     )
+    whiten: str | None = Field(
+        None, description="images, a folder or Parquet, without need of labels, that embeddings are whitened by"
+    )
     step: Annotated[int, Field(ge=1)] | None = Field(None, description="checkpoint to export (default: the newest)")
     opset: Literal[18, 23] = Field(23, description="of ONNX; 18 for runtimes that have no Attention operator yet")

@@ -1,7 +1,7 @@
 """What is exported: the encoder of a run folder, rebuilt from its newest checkpoint, and all that is known of it."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -38,6 +38,10 @@ class Source:
 
     def manifest(self, name: str, sha256: str) -> Manifest:
         return Manifest(name=name, sha256=sha256, **self.fields)
+
+    def noted(self, line: str) -> "Source":
+        """The same with one more line in front of the recipe: what was done to the encoder after its training."""
+        return replace(self, fields=self.fields | {"recipe": f"# {line}\n{self.fields['recipe']}"})
 
 
 def read_run(run: Path, step: int | None = None) -> Source:

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import onnx
@@ -26,9 +26,10 @@ class ServedViT(nn.Module):
     `attention` is the last block's, from CLS to the patches: its sum is 1 less the weight on CLS and the registers.
     """
 
-    def __init__(self, encoder: ViT) -> None:
+    def __init__(self, encoder: ViT, whiten: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.encoder = encoder
+        self.cls, self.mean = (whiten.get(pooling, nn.Identity()) for pooling in ("cls", "mean"))
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         vit = self.encoder.config
@@ -36,23 +37,27 @@ class ServedViT(nn.Module):
         tokens, weights = self.encoder.with_attention(eval_view(image.permute(0, 3, 1, 2)))
         patches = tokens[:, P:]
         attention = weights[:, :, 0, P:].reshape(-1, h, g, g)
-        return tokens[:, 0], patches.mean(dim=1), attention, patches.reshape(-1, g, g, D)
+        return self.cls(tokens[:, 0]), self.mean(patches.mean(dim=1)), attention, patches.reshape(-1, g, g, D)
 
 
 class ServedResNet(nn.Module):
     """uint8 `(N, H, W, 3)` to `mean_embedding` alone, float32 `(N, D)`: the mean of the last map."""
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, whiten: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.encoder = encoder
+        self.mean = whiten.get("mean", nn.Identity())
 
     def forward(self, image: Tensor) -> tuple[Tensor]:
-        return (self.encoder.pooled(eval_view(image.permute(0, 3, 1, 2)), "mean"),)
+        return (self.mean(self.encoder.pooled(eval_view(image.permute(0, 3, 1, 2)), "mean")),)
 
 
-def served(encoder: Encoder) -> nn.Module:
-    """What is exported of an encoder: a module whose outputs are those of its manifest, in that order."""
-    return ServedViT(encoder) if isinstance(encoder, ViT) else ServedResNet(encoder)
+def served(encoder: Encoder, whiten: Mapping[str, nn.Module] | None = None) -> nn.Module:
+    """What is exported of an encoder: a module whose outputs are those of its manifest, in that order.
+
+    whiten: by pooling, "cls" and "mean", what an embedding goes through before it leaves.
+    """
+    return (ServedViT if isinstance(encoder, ViT) else ServedResNet)(encoder, whiten or {})  # type: ignore[arg-type]
 
 
 def to_onnx(served: nn.Module, size: int, outputs: tuple[str, ...] = OUTPUTS, opset: int = 23) -> onnx.ModelProto:
