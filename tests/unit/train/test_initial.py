@@ -11,8 +11,10 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 from torch import Tensor, nn
 
+from patchsight_export import verify
 from patchsight_export.__main__ import main as export
 from patchsight_serve.errors import InvalidRequest
 from patchsight_serve.manifest import load_manifest, sha256_of
@@ -130,6 +132,19 @@ def test_from_a_bundle(run: Path, published: Path) -> None:
     wanted = source.state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in target.kept.state_dict().items())
     assert architecture_of(published) == architecture_of(run) == source.config
+
+
+def test_a_bundle_whose_embeddings_are_whitened_has_the_same_weights(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "LIMIT", 1e-2)  # pictures are nearly all one to random weights: rounding is magnified
+    rng = np.random.default_rng(0)
+    (tmp_path / "noise").mkdir()
+    for i in range(60):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / "noise" / f"{i}.png")
+    export([str(run), str(tmp_path / "white"), "--whiten", str(tmp_path / "noise")])
+    wanted, found = (read_encoder(source)[0].state_dict() for source in (run, tmp_path / "white"))
+    assert all(torch.equal(value, wanted[name]) for name, value in found.items())
 
 
 def test_a_graph_of_an_older_opset(run: Path, tmp_path: Path) -> None:
