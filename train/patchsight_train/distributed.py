@@ -10,6 +10,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+# Its functions have the default group as a default argument. Imported after `start` (as optimizers do, by way of
+# torch._dynamo) they would hold the group beyond `stop`, and gloo's threads abort one exit in six.
+import torch.distributed.nn
 from torch import Tensor, nn
 
 BUCKET = 32 * 2**20  # bytes of gradients sent at once
