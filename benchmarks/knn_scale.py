@@ -1,6 +1,6 @@
 """k-NN evaluation at ImageNet's size: 1,281,167 embeddings of 384 numbers in the gallery, 50,000 queries.
 
-    python benchmarks/knn_scale.py                 # about 40 minutes on 2 cores, 4 GB; nothing else may run
+    python benchmarks/knn_scale.py                 # about 15 minutes on 2 cores, 4 GB; nothing else may run
     python benchmarks/knn_scale.py --share 0.05    # a gallery and queries of a twentieth each
 
 Random unit vectors, with classes planted as directions; `protocol.evaluate` as `patchsight-knn` runs it, all k up to
@@ -25,7 +25,7 @@ from measure import publish, save
 from patchsight_serve.nearest import normalize_rows
 from patchsight_serve.protocol import evaluate
 
-GALLERY, QUERIES, D, CLASSES, ROUNDS = 1_281_167, 50_000, 384, 1000, 2
+GALLERY, QUERIES, D, CLASSES, ROUNDS = 1_281_167, 50_000, 384, 1000, 1
 SIGNAL = 0.25  # of the planted direction, beside noise of length 1: neither all right nor all wrong
 
 
