@@ -5,8 +5,8 @@
 
 Every bundle of `model_repository/`. Mean and covariance are learned from CIFAR-10's training images without their
 labels, the encoder's own data, and used on clothing10 as they are, as they would be in a graph that ships. Whitening is
-ZCA: W = V (Λ + s·λ̄)^(−½) Vᵀ, where λ̄ is the mean eigenvalue and s keeps directions of noise from being blown up. 20-NN
-by DINO's protocol and a linear probe. Writes `benchmarks/results/free_quality.json` and the table in docs.
+that of `patchsight-export --whiten`, with its shrinkage s and others. 20-NN by DINO's protocol and a linear probe.
+Writes `benchmarks/results/free_quality.json` and the table in docs.
 """
 
 import sys
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from measure import DATA, ROOT, publish, save
 
+from patchsight_export.whitening import Whitening
 from patchsight_serve.dataset import Dataset, read_dataset
 from patchsight_serve.decode import decode
 from patchsight_serve.embedder import batches
@@ -54,11 +55,11 @@ def split(encoder: OrtEncoder, dataset: Dataset, limit: int | None) -> Split:
 
 def both(s: Split) -> F32:
     """CLS and mean of the patch tokens, each of length 1, side by side."""
-    return np.concatenate([normalize(s.cls), normalize(s.mean)], axis=1)
+    return normalize(np.concatenate([normalize(s.cls), normalize(s.mean)], axis=1))
 
 
 def with_mirror(s: Split) -> F32:
-    return normalize(s.cls) + normalize(s.cls_mirrored)
+    return normalize(normalize(s.cls) + normalize(s.cls_mirrored))
 
 
 def plain(learned_from: F32) -> Map:  # noqa: ARG001 - the signature of the others
@@ -72,10 +73,8 @@ def centering(learned_from: F32) -> Map:
 
 def whitening(s: float) -> Callable[[F32], Map]:
     def learn(learned_from: F32) -> Map:
-        mean = learned_from.mean(axis=0)
-        values, vectors = np.linalg.eigh(np.cov((learned_from - mean).T.astype(np.float64)))
-        W = (vectors * (values + s * values.mean()) ** -0.5) @ vectors.T
-        return lambda x: ((x - mean) @ W).astype(np.float32)
+        learned = Whitening.learned(torch.from_numpy(learned_from), s)
+        return lambda x: learned(torch.from_numpy(x)).numpy()
 
     return learn
 

@@ -50,12 +50,8 @@ def probes(objective: Objective, split: Split) -> dict[str, float]:
 
 @torch.no_grad()
 def codes(objective: Autoencoder, pixels: Tensor) -> Tensor:
-    """z on the way through `predict`: `(N, Z)`."""
-    found: list[Tensor] = []
-    with objective.to_code.register_forward_hook(lambda _, __, z: found.append(z)):
-        for part in pixels.split(512):
-            objective.predict(eval_view(part))
-    return torch.cat(found)
+    """z of all pictures, `(N, Z)`."""
+    return torch.cat([objective.code(eval_view(part)) for part in pixels.split(512)])
 
 
 def draw(pictures: dict[str, Tensor], results: dict[str, dict[str, dict[str, float]]]) -> Figure:

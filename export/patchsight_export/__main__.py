@@ -55,8 +55,8 @@ def export(settings: ExportSettings) -> None:
 
     source, whiten = read_run(settings.source, settings.step), None
     if settings.whiten is not None:
-        whiten, images = learn_whitening(source.encoder, settings.whiten, Console())
-        told = f"ZCA, shrinkage {SHRINKAGE}, by {len(images):,} images of {Path(settings.whiten).name}"
+        whiten, count = learn_whitening(source.encoder, settings.whiten, Console())
+        told = f"ZCA, shrinkage {SHRINKAGE}, by {count:,} images of {Path(settings.whiten).name}"
         source = source.noted(f"embeddings whitened: {told}")
     draft = source.manifest(settings.bundle.name, sha256="0" * 64)
     print(f"{draft.objective}, {draft.architecture}: {draft.parameters / 1e6:.2f} M parameters, step {source.step:,}")

@@ -13,12 +13,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from patchsight_serve.errors import InvalidRequest
-from patchsight_train.data import Images, sample_images
-from patchsight_train.encoder import Encoder
-from patchsight_train.probe import embed
+from patchsight_train.data import sample_images
+from patchsight_train.encoder import Encoder, pool
+from patchsight_train.views import eval_view
 
 SHRINKAGE = 0.01  # s: directions that hold next to nothing are rounding and noise, and stay short
 IMAGES = 20_000  # at most, drawn at random: a hundred for each number of a small encoder
+BATCH = 512
 
 
 class Whitening(nn.Module):
@@ -53,12 +54,16 @@ class Whitening(nn.Module):
         return cls(x.mean(dim=0).float(), W.float())
 
 
-def learn_whitening(encoder: Encoder, source: str, console: Console) -> tuple[dict[str, Whitening], Images]:
-    """One for each embedding of the encoder, by its pooling, and the images they were learned from.
+@torch.no_grad()
+def learn_whitening(encoder: Encoder, source: str, console: Console) -> tuple[dict[str, Whitening], int]:
+    """One for each embedding of the encoder, by its pooling, and how many images they were learned from.
 
     Raises as `sample_images` and `Whitening.learned`.
     """
-    images = sample_images([source], encoder.config.image_size, IMAGES, console)
-    poolings = ("cls", "mean") if encoder.config.prefix_tokens else ("mean",)
-    device = torch.device("cpu")
-    return {p: Whitening.learned(embed(encoder, images.pixels, p, device)) for p in poolings}, images
+    pixels, P = sample_images([source], encoder.config.image_size, IMAGES, console).pixels, encoder.config.prefix_tokens
+    found: dict[str, list[Tensor]] = {"cls": [], "mean": []} if P else {"mean": []}
+    for part in torch.split(pixels, BATCH):
+        tokens = encoder(eval_view(part))
+        for pooling, embeddings in found.items():
+            embeddings.append(pool(tokens, P, pooling))
+    return {pooling: Whitening.learned(torch.cat(embeddings)) for pooling, embeddings in found.items()}, len(pixels)

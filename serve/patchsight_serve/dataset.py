@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from patchsight_serve.column import BinaryColumn
-from patchsight_serve.errors import InvalidRequest, PatchsightError
+from patchsight_serve.errors import InvalidRequest
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif"}
 
@@ -51,16 +51,6 @@ class Dataset:
         if isinstance(self._content, Path):
             return (self._content / self.names[i]).read_bytes()
         return self._content[i]
-
-    def contents(self, unread: dict[int, str]) -> Iterator[bytes]:
-        """All images in order. For one that cannot be read, empty bytes, and the reason goes into `unread`: a file that
-        is gone must not cost the work on all others."""
-        for i in range(len(self)):
-            try:
-                yield self.read(i)
-            except (OSError, PatchsightError) as error:
-                unread[i] = str(error)
-                yield b""
 
 
 def read_dataset(source: str | Path) -> Dataset:
@@ -141,7 +131,7 @@ def _from_parquet(files: list[Path]) -> Dataset:
     if "image" in table.column_names:
         paths = table.column("image").combine_chunks().field("path").to_pylist()
     names = [path or f"row {i}" for i, path in enumerate(paths)]
-    return Dataset(names, _labels(table, files[0]), class_names(table.schema), BinaryColumn(footers, "image.bytes"))
+    return Dataset(names, labels_of(table, files[0]), class_names(table.schema), BinaryColumn(footers, "image.bytes"))
 
 
 def _check_columns(path: Path, schema: pa.Schema) -> None:
@@ -152,7 +142,8 @@ def _check_columns(path: Path, schema: pa.Schema) -> None:
         )
 
 
-def _labels(table: pa.Table, file: Path) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+def labels_of(table: pa.Table, file: Path) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+    """As `Dataset.labels`. Raises InvalidRequest, naming `file`, where they are no whole numbers."""
     if "label" not in table.column_names:
         return None
     try:

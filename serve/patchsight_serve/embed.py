@@ -41,21 +41,22 @@ def run(settings: EmbedSettings) -> None:
     from rich.console import Console
 
     from patchsight_serve.dataset import read_dataset
+    from patchsight_serve.embedder import embed_dataset
     from patchsight_serve.embedding_file import written
     from patchsight_serve.terminal import progress_bar
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    dataset, skipped, unread = read_dataset(settings.data), [], dict[int, str]()
+    dataset, skipped = read_dataset(settings.data), []
     with (
         open_embedder(settings) as embedder,
         written(settings.out, dataset.class_names, embedder.encoder, embedder.output) as file,
         progress_bar() as progress,
     ):
         task = progress.add_task("embed", total=len(dataset))
-        for i, result in enumerate(embedder.embed_each(dataset.contents(unread))):
+        for i, result in enumerate(embed_dataset(dataset, embedder)):
             label = None if dataset.labels is None or dataset.labels[i] < 0 else int(dataset.labels[i])
             if isinstance(result, PatchsightError):
-                skipped.append(f"{dataset.names[i]}: {unread.get(i, result.message)}")
+                skipped.append(f"{dataset.names[i]}: {result.message}")
             elif not np.isfinite(result).all():
                 skipped.append(f"{dataset.names[i]}: its embedding holds NaN or infinity")
             else:

@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+from patchsight_serve.dataset import Dataset
 from patchsight_serve.decode import Limits, decode
 from patchsight_serve.encoder import Encoder, Pixels
 from patchsight_serve.errors import InvalidRequest, PatchsightError
@@ -71,6 +72,23 @@ class LocalEmbedder:
         good = [pixels for pixels in decoded if not isinstance(pixels, PatchsightError)]
         vectors = iter(self._encoder.run(np.stack(good), [self._graph_name])[self._graph_name] if good else ())
         return [entry if isinstance(entry, PatchsightError) else next(vectors) for entry in decoded]
+
+
+def embed_dataset(dataset: Dataset, embedder: Embedder) -> Iterator[F32 | PatchsightError]:
+    """`embed_each` of all images, in order. One that cannot be read is an error like any other: a file that is gone
+    must not cost the work on the rest."""
+    unread: dict[int, PatchsightError] = {}
+
+    def contents() -> Iterator[bytes]:
+        for i in range(len(dataset)):
+            try:
+                yield dataset.read(i)
+            except (OSError, PatchsightError) as error:
+                unread[i] = PatchsightError(str(error))
+                yield b""
+
+    for i, result in enumerate(embedder.embed_each(contents())):
+        yield unread.get(i, result)
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from patchsight_serve.dataset import class_names, parquet_files
+from patchsight_serve.dataset import class_names, labels_of, parquet_files
 from patchsight_serve.errors import InvalidRequest
 from patchsight_serve.item import Identity
 from patchsight_serve.nearest import F32, I64
@@ -67,6 +67,7 @@ def read_embeddings(source: str | Path) -> Embeddings:
             for f, s in zip(files, schemas, strict=True)
         ]
         names = [name for path, table in zip(files, rest, strict=True) for name in _names(path, table)]
+        labels = labels_of(pa.concat_tables(rest, promote_options="permissive"), files[0])
         vectors = _vectors(files)
     except (OSError, pa.ArrowException) as error:
         raise InvalidRequest(f"{source}: cannot be read as Parquet: {error}") from None
@@ -77,7 +78,7 @@ def read_embeddings(source: str | Path) -> Embeddings:
             name = names[start + bad[0]]
             raise InvalidRequest(f"{source}: the embedding of {name} holds NaN or infinity, or has length 0")
     ((encoder, output),) = made_by
-    return Embeddings(names, _labels(rest), vectors, class_names(schemas[0]), encoder, output)
+    return Embeddings(names, labels, vectors, class_names(schemas[0]), encoder, output)
 
 
 def _made_by(schema: pa.Schema) -> tuple[Identity | None, str | None]:
@@ -89,13 +90,6 @@ def _names(path: Path, table: pa.Table) -> list[str]:
     if "id" in table.column_names:
         return [str(name) for name in table.column("id").to_pylist()]
     return [f"{path.name} row {i}" for i in range(pq.read_metadata(path).num_rows)]
-
-
-def _labels(tables: list[pa.Table]) -> I64 | None:
-    if not all("label" in table.column_names for table in tables):
-        return None
-    labels: I64 = np.concatenate([table.column("label").cast(pa.int64()).fill_null(-1).to_numpy() for table in tables])
-    return labels if (labels >= 0).any() else None
 
 
 def _vectors(files: list[Path]) -> F32:

@@ -7,7 +7,7 @@ from typing import TypeVar
 import numpy as np
 
 from patchsight_serve.dataset import Dataset, read_dataset
-from patchsight_serve.embedder import Embedder
+from patchsight_serve.embedder import Embedder, embed_dataset
 from patchsight_serve.embedding_file import Embeddings
 from patchsight_serve.errors import InvalidRequest, PatchsightError
 from patchsight_serve.nearest import F32, I64, normalize
@@ -74,10 +74,9 @@ def embed_labelled(dataset: Dataset, embedder: Embedder, advance: Callable[[], N
     rows: list[int] = []
     vectors: list[F32] = []
     skipped: list[tuple[str, str]] = []
-    unread: dict[int, str] = {}
-    for i, result in enumerate(embedder.embed_each(dataset.contents(unread))):
+    for i, result in enumerate(embed_dataset(dataset, embedder)):
         if isinstance(result, PatchsightError):
-            skipped.append((dataset.names[i], unread.get(i, result.message)))
+            skipped.append((dataset.names[i], result.message))
         elif not np.isfinite(result).all() or not result.any():
             raise PatchsightError(f"the embedding of {dataset.names[i]} holds NaN or infinity, or has length 0")
         else:

@@ -89,11 +89,9 @@ def embed(encoder: Encoder, pixels: Tensor, pooling: str, device: torch.device, 
     """uint8 `(N, 3, S, S)` to L2-normalized float32 `(N, D)` on the CPU. `pooling`: "cls", or "mean" of the patches."""
     was_training = encoder.training
     encoder.eval()
-    P = encoder.config.prefix_tokens
     parts = []
     for chunk in torch.split(pixels, batch):
-        tokens = encoder(eval_view(chunk.to(device)))
-        pooled = tokens[:, 0] if pooling == "cls" else tokens[:, P:].mean(dim=1)
+        pooled = encoder.pooled(eval_view(chunk.to(device)), pooling)
         parts.append(F.normalize(pooled.float(), dim=1).cpu())
     encoder.train(was_training)
     return torch.cat(parts)

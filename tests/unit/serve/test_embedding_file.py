@@ -75,6 +75,14 @@ def test_embeddings_of_others_need_no_more_than_a_list(kind: pa.DataType, tmp_pa
     assert found.names == ["e.parquet row 0", "e.parquet row 1"]
 
 
+def test_of_files_with_and_without_labels_the_rest_is_unlabelled(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"label": [3], "embedding": [[1.0]]}), tmp_path / "0.parquet")
+    pq.write_table(pa.table({"embedding": [[2.0]]}), tmp_path / "1.parquet")
+    labels = read_embeddings(tmp_path).labels
+    assert labels is not None
+    assert labels.tolist() == [3, -1]
+
+
 def test_nothing_is_overwritten_and_nothing_half_is_left(tmp_path: Path) -> None:
     path = write(tmp_path / "e.parquet", vectors(2), [0, 1])
     before = path.read_bytes()
@@ -108,6 +116,9 @@ def test_what_is_no_matrix_is_refused(tmp_path: Path) -> None:
         pq.write_table(pa.table({"embedding": column}), path)
         with pytest.raises(InvalidRequest, match=message):
             read_embeddings(path)
+    pq.write_table(pa.table({"label": ["a"], "embedding": [[1.0]]}), path)
+    with pytest.raises(InvalidRequest, match="`label` does not hold whole numbers"):
+        read_embeddings(path)
     path.write_bytes(b"no parquet")
     with pytest.raises(InvalidRequest, match="cannot be read as Parquet"):
         read_embeddings(path)
