@@ -4,7 +4,6 @@ It is a pure function of the folder and asks nobody for anything: pictures and c
 half written is left out.
 """
 
-import base64
 import tomllib
 from collections.abc import Iterator, Mapping
 from html import escape
@@ -18,20 +17,15 @@ from patchsight_train.history import read_history
 from patchsight_train.objective_settings import SETTINGS
 from patchsight_train.panels import encoder_of, sections
 from patchsight_train.progress import Progress
+from patchsight_train.webpage import page, picture, write_page
 
 REFRESH_S = 15  # while the run is not complete
-LEGIBLE = 480  # pixels: a picture is never shown narrower than this, on a small screen it is moved sideways
 CAPTIONS = {
     "views": "What the network sees: pictures, and the views of them that it is trained on.",
     "reconstructions": "What the decoder makes of what the encoder saw.",
     "attention": "Where the encoder looks: attention of its last block, from the CLS token to the patches.",
     "neighbors": "Nearest neighbors: pictures, and those whose embeddings are most similar, the most similar first.",
 }
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-_ICON = (
-    "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Cpath d='M1 2q3 11 14 11' "
-    "fill='none' stroke='%23d4552b' stroke-width='3'/%3E%3C/svg%3E"
-)
 
 
 def write_report(run: Path) -> None:
@@ -43,9 +37,7 @@ def write_report(run: Path) -> None:
     """
     if not run.is_dir():
         raise InvalidRequest(f"{run}: not a run folder")
-    partial = run / "report.partial"
-    partial.write_text(render(run), encoding="utf-8")
-    partial.replace(run / "report.html")
+    write_page(render(run), run / "report.html")
 
 
 def render(run: Path) -> str:
@@ -53,33 +45,15 @@ def render(run: Path) -> str:
     settings, config = _read_settings(run)
     history = read_history(run)
     progress = Progress.of(history, config)
-    here = Path(__file__)
     charts = "".join(
         f'<section><h2>{heading}</h2><div class="charts">{content}</div></section>\n'
         for heading, content in sections(history, config)
     )
     refresh = "" if progress.complete else f'<meta http-equiv="refresh" content="{REFRESH_S}">\n'
     name = run.resolve().name
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-{refresh}<title>{escape(f"{progress.short} · {name}" if progress.short else name)}</title>
-<link rel="icon" href="{_ICON}">
-<style>
-{here.with_suffix(".css").read_text()}</style>
-</head>
-<body>
-{_header(name, config, progress)}
-<main>
-{warnings(history)}{tiles(history, config)}{charts}{_pictures(run)}{_settings(settings)}</main>
-<script>
-{here.with_suffix(".js").read_text()}</script>
-</body>
-</html>
-"""
+    title = f"{progress.short} · {name}" if progress.short else name
+    content = f"{warnings(history)}{tiles(history, config)}{charts}{_pictures(run)}{_settings(settings)}"
+    return page(title, _header(name, config, progress), content, refresh)
 
 
 def _read_settings(run: Path) -> tuple[str, dict[str, Any]]:
@@ -150,13 +124,7 @@ def _picture(name: str, path: Path) -> str:
         png = path.read_bytes()
     except OSError:
         return ""  # replaced just now
-    if not png.startswith(b"\x89PNG\r\n\x1a\n") or b"IEND" not in png[-12:]:
-        return ""  # half written
-    width, height = (int.from_bytes(png[i : i + 4], "big") for i in (16, 20))
-    caption = CAPTIONS.get(name, name.replace("_", " "))
-    size = f'width="{width}" height="{height}" style="min-width: {min(width, LEGIBLE)}px"'
-    image = f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" {size} alt="{escape(name)}">'
-    return f"<figure><div>{image}</div><figcaption>{escape(caption)}</figcaption></figure>\n"
+    return picture(png, name, CAPTIONS.get(name, name.replace("_", " ")))
 
 
 def _settings(text: str) -> str:
