@@ -19,6 +19,7 @@ PAPER, INK, SOFT, RIGHT, WRONG = "#17151a", "#f1ede8", "#a39c94", "#5fbf77", "#f
 WIDTH = 1080  # of a sheet, pixels, about; a report shows it at half of that, so text is large
 TILE = 128  # side of a picture, about
 MOST_HEADS = 8  # side by side
+TITLE = 168  # width of a column of titles
 MARGIN, GAP, CLOSE, FRAME = 28, 16, 6, 4
 TEXT, LINE = 20, 26  # font size, and a line's height
 
@@ -103,6 +104,28 @@ def neighbor_sheet(
             row.append(Cell(image, (other, f"{score:.2f}") if other else (f"{score:.2f}",), frame))
         rows.append(row)
     return sheet(["query", "most similar pictures, by cosine"], rows)
+
+
+def titled_sheet(
+    headers: Sequence[str], titles: Sequence[Sequence[str]], pictures: Tensor, names: list[list[str]], common: list[str]
+) -> Image.Image:
+    """A row for each title: its lines, then pictures, framed where their class is the row's common one.
+
+    Args:
+        headers: of the titles, and of the pictures.
+        pictures: `(N, k, 3, S, S)`.
+        names: the pictures' classes; "" where one is not known. common: one for each row, or "".
+    """
+    scale = scale_for(pictures.shape[-1], pictures.shape[1] + 1)
+    nothing = Image.new("RGB", (TITLE, 1), PAPER)
+    rows = []
+    for title, images, classes, usual in zip(titles, pictures, names, common, strict=True):
+        cells = [
+            Cell(image, (name,) if name else (), RIGHT if name and name == usual else None)
+            for image, name in zip(_images(images, scale), classes, strict=True)
+        ]
+        rows.append([Cell(nothing, tuple(title)), *cells])
+    return sheet(headers, rows)
 
 
 def overlay(picture: Image.Image, attention: Tensor) -> Image.Image:
