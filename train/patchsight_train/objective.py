@@ -55,6 +55,10 @@ class Objective(nn.Module):
             share = (rows.stop - rows.start) / B
             yield loss * share, {name: value.detach() * share for name, value in {"loss": loss, **metrics}.items()}
 
+    def rate_scale(self, name: str) -> float:  # noqa: ARG002
+        """What the learning rate of this parameter is multiplied with."""
+        return 1.0
+
     def before_update(self, when: When) -> None:
         """The gradients are there and the optimizer has not yet moved."""
 

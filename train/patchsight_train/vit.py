@@ -171,9 +171,9 @@ class ViT(Encoder):
             return torch.cat([prefix, patches + self.positions(x)], dim=1)
         return torch.cat([prefix, patches], dim=1) + self.positions(x)
 
-    def run_blocks(self, x: Tensor) -> Tensor:
-        """Tokens `(N, T, D)` through all blocks, without the final norm."""
-        for block in self.blocks:
+    def run_blocks(self, x: Tensor, which: slice = slice(None)) -> Tensor:
+        """Tokens `(N, T, D)` through these blocks, by default all, without the final norm."""
+        for block in list(self.blocks)[which]:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
             else:
