@@ -22,7 +22,7 @@ from patchsight_train.wording import EVALUATED, duration, number, value
 REDRAW_S = 0.5
 LINE_S = 30.0  # between plain lines
 SHOWN = ("lr", "images_per_s")  # beside the loss
-HEADLINES = ("knn", "linear_probe", "rankme")  # of an evaluation
+HEADLINES = ("accuracy", "knn", "linear_probe", "rankme")  # of an evaluation
 
 
 class Display:

@@ -22,6 +22,7 @@ from patchsight_train.views import eval_view
 from patchsight_train.vit import ViT, resize_positions
 
 KEPT = {name: objective.encoder_name for name, objective in zip(SETTINGS, OBJECTIVES, strict=True)}
+KEPT["finetune"] = "encoder"  # of patchsight-finetune, which is no objective of patchsight-train
 LIMIT = 1e-2  # of max|a − b| / max|b|: room for weights and products in half precision, not for another network
 
 

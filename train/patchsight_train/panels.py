@@ -34,6 +34,9 @@ _OBJECTIVE = (
           "Low for an image: its code is sure. ln K for their mean: all prototypes are used equally.", noisy=True),
     Panel("Contrastive accuracy", ("contrastive_accuracy",),
           "Views whose most similar other view is their own.", noisy=True),
+    Panel("Accuracy", ("accuracy",), "Share of the images of --val that are classified rightly."),
+    Panel("Accuracy in training", ("batch_accuracy",), "Share of the views of a batch; mixed ones by the larger part.",
+          noisy=True),
     Panel("Agreement with the teacher", ("agreement",), "Pictures that both put into the same class.", noisy=True),
     Panel("Reconstruction", ("psnr",), "Peak signal-to-noise ratio of the pictures that come back.", noisy=True),
 )  # fmt: skip
@@ -146,6 +149,7 @@ _LOSS_UNITS = {
     "dino": "cross-entropy, nats", "swav": "cross-entropy, nats", "simclr": "cross-entropy, nats",
     "mae": "squared error of hidden patches", "autoencoder": "squared error", "skip_autoencoder": "squared error",
     "distillation": "1 − cosine", "soft_targets": "T² · KL divergence, nats",
+    "finetune": "cross-entropy, nats",
 }  # fmt: skip
 
 

@@ -17,8 +17,8 @@ from patchsight_train.settings import TrainSettings
 
 # May differ between the first start and a later one: they do not change the numbers.
 _FREE = {
-    "run", "checkpoint_every", "threads", "data", "knn_test", "device", "micro_batch", "recompute", "compile",
-    "resident", "tensorboard", "on_collapse", "init", "teacher", "teacher_labels",
+    "run", "checkpoint_every", "threads", "data", "knn_test", "test", "val", "device", "micro_batch", "recompute",
+    "compile", "resident", "tensorboard", "on_collapse", "init", "teacher", "teacher_labels",
 }  # fmt: skip
 
 

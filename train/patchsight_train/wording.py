@@ -18,6 +18,7 @@ class Measure:
 
 # What an evaluation adds to a step's metrics.
 EVALUATED = {
+    "accuracy": Measure("accuracy", "%"),
     "knn": Measure("20-NN", "%"),
     "linear_probe": Measure("linear probe", "%"),
     "rankme": Measure("RankMe"),
@@ -30,6 +31,7 @@ _MEASURES = {
     "lr": Measure("learning rate"),
     "images_per_s": Measure("speed", "images/s"),
     "contrastive_accuracy": Measure("contrastive accuracy", "%"),
+    "batch_accuracy": Measure("accuracy on views of the batch", "%"),
     "agreement": Measure("agreement with the teacher", "%"),
     "psnr": Measure("PSNR", "dB"),
     "teacher_entropy": Measure("of an image", "nats"),
