@@ -12,18 +12,19 @@ import numpy as np
 
 from patchsight_train.history import read_history
 from patchsight_train.judge.plots import Cloud, scatter_chart
-from patchsight_train.wording import EVALUATED, measure, titled, value
+from patchsight_train.wording import measure, titled, value
 
+MEASURED = ("rankme", "alignment", "uniformity", "feature_std")
 LABELLED = ("knn", "linear_probe")
 BOTH = "alignment + uniformity"
 # "step" is the measure to beat: whoever knows nothing takes the last checkpoint.
-LABEL_FREE = (*(name for name in EVALUATED if name not in LABELLED), BOTH, "step")
+LABEL_FREE = (*MEASURED, BOTH, "step")
 FEWEST = 3  # points that have a rank correlation worth the name
 
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation of a run. values: whatever of `EVALUATED` was measured, not finite where it could not be."""
+    """One evaluation of a run. values: those of MEASURED and LABELLED that were logged; some may not be finite."""
 
     run: str
     step: int
@@ -48,7 +49,7 @@ def read_points(runs: Sequence[Path]) -> list[Point]:
     for run, name in zip(runs, names, strict=True):
         curves = read_history(run).curves
         found: dict[int, dict[str, float]] = {}
-        for metric in EVALUATED.keys() & curves.keys():
+        for metric in curves.keys() & {*MEASURED, *LABELLED}:
             for step, x in zip(curves[metric].steps.tolist(), curves[metric].values.tolist(), strict=True):
                 found.setdefault(int(step), {})[metric] = x
         label = name if names.count(name) == 1 else str(run)

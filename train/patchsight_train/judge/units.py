@@ -40,7 +40,7 @@ def class_information(z: Tensor, labels: Tensor, bins: int = 20) -> Tensor:
     orders = [y[torch.randperm(len(y), generator=generator)] for _ in range(SHUFFLES)]
     for columns in chunks(z.shape[1], COLUMNS):
         values = z[:, columns].double().cpu()[known]
-        bin_of = equally_filled(values, bins)
+        bin_of = equally_filled(values.nan_to_num(), bins)
         by_chance = torch.stack([plug_in_information(bin_of, order, bins) for order in orders]).mean(dim=0)
         found = (plug_in_information(bin_of, y, bins) - by_chance).clamp(min=0)
         out[columns] = found.where(torch.isfinite(values).all(dim=0), math.nan)
@@ -48,12 +48,16 @@ def class_information(z: Tensor, labels: Tensor, bins: int = 20) -> Tensor:
 
 
 def equally_filled(values: Tensor, bins: int) -> Tensor:
-    """Columns `(N, D)` to each value's bin, int64 `(D, N)`, 0..bins − 1: N / bins in each, but equal values in one."""
-    N = len(values)
-    ordered = values.T.sort(dim=1).values.contiguous()
-    starts = (torch.arange(1, bins) * N + bins - 1) // bins  # each bin begins with the value of this rank
-    edges = ordered[:, starts[starts < N]].contiguous()
-    bin_of: Tensor = torch.searchsorted(edges, values.T.contiguous(), right=True)
+    """Columns `(N, D)` to each value's bin, int64 `(D, N)`, 0..bins − 1: N / bins in each, but equal values in one.
+
+    The bin is that of a value's mean place in the order. A border at a value would put what often occurs, such as a
+    ReLU's 0, together with whatever is just above it.
+    """
+    columns = values.T.contiguous()
+    ordered = columns.sort(dim=1).values
+    before = torch.searchsorted(ordered, columns)
+    up_to = torch.searchsorted(ordered, columns, right=True)
+    bin_of: Tensor = (before + up_to) * bins // (2 * len(values))
     return bin_of
 
 
