@@ -11,10 +11,8 @@ from patchsight_serve.errors import InvalidRequest
 from patchsight_serve.manifest import Manifest
 from patchsight_train import build, checkpoint
 from patchsight_train.architecture import EncoderConfig, ResNetConfig, architecture
-from patchsight_train.autoencoder import Autoencoder
 from patchsight_train.data import eval_transform
-from patchsight_train.encoder import Encoder, default_pooling
-from patchsight_train.mae import MAE
+from patchsight_train.encoder import Encoder
 from patchsight_train.objective import Objective
 from patchsight_train.objective_settings import SETTINGS
 from patchsight_train.run import read_config
@@ -60,7 +58,7 @@ def read_run(run: Path, step: int | None = None) -> Source:
     encoder = build.build_encoder(_architecture(config, run))
     prefix = objective.encoder_name + "."
     _load(encoder, {k.removeprefix(prefix): v for k, v in saved.model.items() if k.startswith(prefix)}, run)
-    return Source(encoder.eval(), saved.step, _fields(config, objective, encoder, saved.step))
+    return Source(encoder.eval(), saved.step, _fields(config, encoder, saved.step))
 
 
 def _architecture(config: dict[str, Any], run: Path) -> EncoderConfig:
@@ -82,11 +80,10 @@ def _load(encoder: Encoder, weights: dict[str, Tensor], run: Path) -> None:
         ) from None
 
 
-def _fields(config: dict[str, Any], objective: type[Objective], encoder: Encoder, step: int) -> dict[str, Any]:
+def _fields(config: dict[str, Any], encoder: Encoder, step: int) -> dict[str, Any]:
     """The manifest, but for `name`, `sha256` and `measured`."""
     net = encoder.config
-    # As the objective itself says; some cannot be built without their teacher.
-    pooling = "mean" if issubclass(objective, MAE | Autoencoder) else default_pooling(net)
+    pooling = build.recommended_pooling(config["objective"], net)
     return {
         "objective": config["objective"],
         "architecture": describe(net),

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 DEFAULT_FILE = Path("patchsight.toml")
-TABLES = ("train", "export", "serve", "embed", "knn")
+TABLES = ("train", "eval", "finetune", "export", "serve", "embed", "knn")
 
 
 class CommandSettings(BaseSettings):

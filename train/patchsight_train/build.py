@@ -4,10 +4,11 @@ from patchsight_train.architecture import EncoderConfig, ResNetConfig
 from patchsight_train.autoencoder import Autoencoder
 from patchsight_train.dino import DINO
 from patchsight_train.distillation import Distillation
-from patchsight_train.encoder import Encoder
+from patchsight_train.encoder import Encoder, default_pooling
 from patchsight_train.mae import MAE
 from patchsight_train.objective import Objective
 from patchsight_train.objective_settings import (
+    SETTINGS,
     AutoencoderSettings,
     DINOSettings,
     DistillationSettings,
@@ -32,6 +33,13 @@ OBJECTIVES: tuple[type[Objective], ...] = (
 
 def build_encoder(config: EncoderConfig) -> Encoder:
     return ResNet(config) if isinstance(config, ResNetConfig) else ViT(config)
+
+
+def recommended_pooling(objective: str, config: EncoderConfig) -> str:
+    """Which embedding counts, "cls" or "mean", as the objective itself says; some cannot be built without their
+    teacher. Raises KeyError for an unknown objective."""
+    kind = dict(zip(SETTINGS, OBJECTIVES, strict=True))[objective]
+    return "mean" if issubclass(kind, MAE | Autoencoder) else default_pooling(config)
 
 
 def build(settings: TrainSettings) -> Objective:

@@ -1,0 +1,132 @@
+"""All that a frozen encoder says of labelled images: its embeddings, of each kind, computed once for every measure.
+
+Kinds: "cls" and "mean" (of the patch tokens) of the last layer, and "last 4 blocks", the CLS tokens of the last four
+blocks side by side, each through the final norm, as DINO's linear evaluation takes them (arXiv:2104.14294, App. F.2).
+A ResNet has "mean" alone.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from patchsight_serve.dataset import Dataset
+from patchsight_serve.decode import decode
+from patchsight_serve.embedder import batches, embed_dataset
+from patchsight_serve.errors import InvalidRequest, PatchsightError
+from patchsight_serve.item import Identity
+from patchsight_serve.nearest import F32
+from patchsight_train.data import decoders, eval_transform, look_ahead
+from patchsight_train.encoder import Encoder, pool
+from patchsight_train.views import eval_view
+from patchsight_train.vit import ViT
+
+LAST = 4  # blocks
+BATCH = 128  # images
+
+
+@dataclass(frozen=True)
+class Features:
+    """The images of one side that could be read. rows: their places in the data set, int64 `(N,)`. labels: int64
+    `(N,)`, 0 or more. kinds: float32 `(N, ·)` each, on the CPU, not normalized. skipped: name and reason of each other
+    image."""
+
+    names: list[str]
+    rows: Tensor
+    labels: Tensor
+    kinds: dict[str, Tensor]
+    skipped: list[tuple[str, str]]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@torch.no_grad()
+def features(encoder: Encoder, pixels: Tensor) -> dict[str, Tensor]:
+    """uint8 `(N, 3, S, S)` on the encoder's device to each kind, float32 `(N, ·)` on the CPU."""
+    x = eval_view(pixels)
+    if not isinstance(encoder, ViT):
+        return {"mean": encoder.pooled(x, "mean").float().cpu()}
+    P = encoder.config.prefix_tokens
+    tokens, cls = encoder.embed(x), []
+    for block in encoder.blocks:
+        tokens = block(tokens)
+        cls.append(encoder.norm(tokens)[:, 0])
+    tokens, last = encoder.norm(tokens), cls[-LAST:]
+    kinds = {
+        "cls": pool(tokens, P, "cls"), "mean": pool(tokens, P, "mean"),
+        f"last {len(last)} blocks": torch.cat(last, dim=1),
+    }  # fmt: skip
+    return {name: value.float().cpu() for name, value in kinds.items()}
+
+
+class TorchEmbedder:
+    """An encoder of torch as the `Embedder` that `embed_dataset` asks: every kind of an image in one vector, `split`
+    afterwards. The next batches are decoded while one is encoded."""
+
+    def __init__(self, encoder: Encoder, name: str, device: torch.device) -> None:
+        self.encoder, self.output = Identity(name, ""), "every kind"
+        self._module, self._device = encoder.to(device).eval(), device
+        self._transform = eval_transform(encoder.config.image_size)
+        self._widths: dict[str, int] = {}
+
+    def embed_each(self, images: Iterable[bytes]) -> Iterator[F32 | PatchsightError]:
+        """As in `Embedder`."""
+
+        def read(data: bytes) -> np.ndarray | PatchsightError:
+            try:
+                return decode(data, self._transform)
+            except PatchsightError as error:
+                return error
+
+        with decoders() as pool_:
+            started = look_ahead(batches(images, BATCH), lambda batch: [pool_.submit(read, data) for data in batch], 1)
+            for futures in started:
+                decoded = [future.result() for future in futures]
+                vectors = iter(self._encode([p for p in decoded if not isinstance(p, PatchsightError)]))
+                yield from (entry if isinstance(entry, PatchsightError) else next(vectors) for entry in decoded)
+
+    def _encode(self, images: list[np.ndarray]) -> F32:
+        if not images:
+            return np.empty((0, 0), np.float32)
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(self._device)
+        kinds = features(self._module, pixels)
+        self._widths = {name: value.shape[1] for name, value in kinds.items()}
+        packed: F32 = torch.cat(list(kinds.values()), dim=1).numpy()
+        return packed
+
+    def split(self, packed: Tensor) -> dict[str, Tensor]:
+        """`(N, ·)` as `embed_each` gave them, by kind."""
+        return dict(zip(self._widths, torch.split(packed, list(self._widths.values()), dim=1), strict=True))
+
+
+def embed_side(dataset: Dataset, embedder: TorchEmbedder, advance: Callable[[], None] = lambda: None) -> Features:
+    """Every kind of embedding of all images of a labelled data set. advance: called after each image.
+
+    Raises:
+        InvalidRequest: none can be read.
+        PatchsightError: an embedding is not finite, or has length 0; the image is named.
+    """
+    assert dataset.labels is not None
+    rows, vectors, skipped = [], [], []
+    for i, result in enumerate(embed_dataset(dataset, embedder)):
+        if isinstance(result, PatchsightError):
+            skipped.append((dataset.names[i], result.message))
+        elif not np.isfinite(result).all():
+            raise PatchsightError(f"the embedding of {dataset.names[i]} holds NaN or infinity")
+        else:
+            rows.append(i)
+            vectors.append(result)
+        advance()
+    if not rows:
+        name, reason = skipped[0]
+        raise InvalidRequest(f"none of {len(dataset)} images can be read; {name}: {reason}")
+    kinds = embedder.split(torch.from_numpy(np.stack(vectors)))
+    for kind, z in kinds.items():
+        empty = (z == 0).all(dim=1).nonzero()
+        if len(empty):
+            raise PatchsightError(f"the embedding of {dataset.names[rows[int(empty[0])]]} ({kind}) has length 0")
+    labels = torch.from_numpy(dataset.labels[rows])
+    return Features([dataset.names[i] for i in rows], torch.tensor(rows), labels, kinds, skipped)
