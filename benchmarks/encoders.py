@@ -1,157 +1,181 @@
-"""How good are the encoders that ship? 20-NN on two labelled data sets, beside what needs no learning.
+"""How good are the encoders that ship? k-NN and linear probe on four labelled data sets, beside what needs no learning.
 
-    python benchmarks/encoders.py            # all of it, about 10 minutes on 2 cores
-    python benchmarks/encoders.py --quick    # the first 10,000 and 2,000 images
+    python benchmarks/encoders.py --quick    # 20,000 in the gallery, 2,000 queries at most: the README's table
+    python benchmarks/encoders.py            # all images, into its own results
 
-Protocol: DINO's, as `patchsight-knn`. Rows: each bundle of `model_repository/` by both of its embeddings, and three
-that saw no training: raw pixels, histograms of oriented gradients with coarse color, the same ViT with random weights.
-Prints the table; the full run also writes `benchmarks/results/encoders.json` and puts the table into README and docs.
+Protocols: DINO's k-NN, as `patchsight-knn`, and the linear heads of `patchsight-eval`. Rows: each bundle of
+`model_repository/` by both of its embeddings, and four that saw no training: raw pixels, their principal components,
+histograms of oriented gradients with coarse color, a ViT with random weights. Embeddings are kept in `runs/embeddings`,
+under the hashes of bundle and data, so that a second run only evaluates. Writes `benchmarks/results/encoders.json`
+(`encoders_full.json`), and puts the tables into README and docs.
 """
 
+import hashlib
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from baselines import BASELINES
 from measure import DATA, ROOT, publish, save
 from rich.console import Console
 from rich.progress import track
 
 from patchsight_serve.dataset import Dataset, read_dataset
 from patchsight_serve.decode import decode
-from patchsight_serve.embedder import LocalEmbedder
-from patchsight_serve.labelled import embed_labelled
+from patchsight_serve.embedder import batches
 from patchsight_serve.manifest import Transform
-from patchsight_serve.nearest import F32, normalize
-from patchsight_serve.protocol import evaluate
+from patchsight_serve.nearest import normalize
+from patchsight_serve.protocol import evaluate, wilson
 from patchsight_serve.repository import load_encoders
+from patchsight_train.judge.heads import probe_heads
+
+CACHE = ROOT / "runs" / "embeddings"
+QUICK = (20_000, 2_000)
+DATASETS = {
+    "cifar10": ("cifar10/train.parquet", "cifar10/test.parquet"),
+    "tiny_imagenet": ("tiny_imagenet/train-*.parquet", "tiny_imagenet/test.parquet"),
+    "caltech101": ("caltech101/train.parquet", "caltech101/test.parquet"),
+    "clothing10": ("clothing10/train.parquet", "clothing10/test.parquet"),
+}
+F32 = np.ndarray
 
 
 class Row(NamedTuple):
-    """Accuracies, 0..1, by k; the interval is the 20-NN's."""
+    """Accuracies, 0..1, by k; the 20-NN's interval; the linear probe's accuracy and interval."""
 
     name: str
-    accuracy: dict[str, float]
-    interval_95: tuple[float, float]
+    knn: dict[str, float]
+    knn_interval_95: tuple[float, float]
+    linear: float
+    linear_interval_95: tuple[float, float]
 
 
-def pixels_of(dataset: Dataset) -> np.ndarray:
-    """float32 `(N, 32, 32, 3)` in 0..1, by the decoder that serves."""
-    transform = Transform(resize=32, crop=32)
-    rows = track(range(len(dataset)), "decode", console=Console(stderr=True))
-    return np.stack([decode(dataset.read(i), transform) for i in rows]).astype(np.float32) / 255
+def pixels_of(dataset: Dataset, size: int, what: str) -> Iterator[np.ndarray]:
+    """uint8 `(b, size, size, 3)`, batch by batch, by the decoder that serves."""
+    transform = Transform(resize=size, crop=size)
+    rows = track(range(len(dataset)), what, console=Console(stderr=True))
+    with ThreadPoolExecutor(2) as pool:
+        for batch in batches(rows, 64):
+            yield np.stack(list(pool.map(lambda i: decode(dataset.read(i), transform), batch)))
 
 
-def raw(pixels: np.ndarray) -> np.ndarray:
-    """The picture itself."""
-    return pixels.reshape(len(pixels), -1)
+def hash_of(pattern: str) -> str:
+    """Of the data files' content."""
+    files = sorted(DATA.glob(pattern))
+    return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()
 
 
-def histograms(pixels: np.ndarray) -> np.ndarray:
-    """Histograms of oriented gradients as Dalal and Triggs made them (CVPR 2005): square-root pixels, the strongest of
-    the three channels, 9 unsigned directions in cells of 4 × 4, blocks of 2 × 2 cells normalized and clipped at 0.2.
-    Beside them a 4 × 4 color thumbnail at a weight of 0.3, the best of three tried."""
-    N, cell, bins = len(pixels), 4, 9
-    dy, dx = np.gradient(np.sqrt(pixels), axis=(1, 2))
-    strongest = np.hypot(dx, dy).argmax(axis=3)[..., None]
-    dx, dy = (np.take_along_axis(d, strongest, axis=3)[..., 0] for d in (dx, dy))
-    place = np.arctan2(dy, dx) % np.pi / np.pi * bins
-    low, high_share = np.floor(place).astype(int), place % 1
-    grid = 32 // cell
-    cells = np.empty((N, grid, grid, bins), np.float32)
-    for b in range(bins):
-        share = (low % bins == b) * (1 - high_share) + ((low + 1) % bins == b) * high_share
-        cells[..., b] = (np.hypot(dx, dy) * share).reshape(N, grid, cell, grid, cell).sum(axis=(2, 4))
-    corners = [cells[:, :-1, :-1], cells[:, 1:, :-1], cells[:, :-1, 1:], cells[:, 1:, 1:]]
-    blocks = np.concatenate(corners, axis=-1)
-    blocks = np.minimum(blocks / (np.linalg.norm(blocks, axis=-1, keepdims=True) + 0.1), 0.2)
-    color = pixels.reshape(N, 4, 8, 4, 8, 3).mean(axis=(2, 4)) - 0.5
-    return np.concatenate([unit(blocks.reshape(N, -1)), 0.3 * unit(color.reshape(N, -1))], axis=1)
+def kept(key: str, make: Callable[[], dict[str, F32]]) -> dict[str, F32]:
+    """What `make` gives, or gave the last time for this key."""
+    path = CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
+    if not path.is_file():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial.npz")
+        np.savez(partial, **make())
+        partial.replace(path)
+    with np.load(path) as found:
+        return dict(found)
 
 
-def unit(rows: np.ndarray) -> np.ndarray:
-    """Rows to length 1; a flat picture's stay near 0."""
-    directions: np.ndarray = rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-6)
-    return directions
+def embedded(encoder: object, dataset: Dataset, pattern: str, what: str) -> dict[str, F32]:
+    """Both embeddings of an encoder, float32 `(N, D)`, of all images of one side."""
+    manifest = encoder.manifest  # type: ignore[attr-defined]
+    names = [name for name in manifest.outputs if name.endswith("_embedding")]
+
+    def make() -> dict[str, F32]:
+        parts = [encoder.run(p, names) for p in pixels_of(dataset, manifest.transform.crop, what)]  # type: ignore[attr-defined]
+        return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+    return kept(f"{manifest.sha256} {hash_of(pattern)} {len(dataset)}", make)
 
 
-def random_vit(pixels: np.ndarray) -> np.ndarray:
-    """The shipped architecture before its first step, mean of the patch tokens (better than its CLS)."""
-    import torch
-
-    from patchsight_train.architecture import ViTConfig
-    from patchsight_train.probe import embed
-    from patchsight_train.vit import ViT
-
-    torch.manual_seed(0)
-    encoder = ViT(ViTConfig(image_size=32, patch_size=4, width=128, depth=4, heads=4, stem="conv"))
-    images = torch.from_numpy((pixels * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
-    return embed(encoder, images, "mean", torch.device("cpu")).numpy()
+def first(dataset: Dataset, count: int | None) -> Dataset:
+    assert dataset.labels is not None
+    return Dataset(dataset.names[:count], dataset.labels[:count], dataset.class_names, dataset._content)
 
 
-def centered(gallery: np.ndarray, queries: np.ndarray) -> tuple[F32, F32]:
-    """Both without the gallery's mean, to length 1: without it, cosine sees little but what all pictures share."""
-    mean = gallery.mean(axis=0)
-    return normalize((gallery - mean).astype(np.float32)), normalize((queries - mean).astype(np.float32))
+def judged(name: str, gallery: F32, labels: np.ndarray, queries: F32, truth: np.ndarray) -> Row:
+    """Both probes of features `(N, ·)` and `(Q, ·)`."""
+    unit = normalize(gallery.astype(np.float32)), normalize(queries.astype(np.float32))
+    figures = evaluate(unit[0], labels, unit[1], truth)
+    x, q = ({"": torch.from_numpy(side.astype(np.float32))} for side in (gallery, queries))
+    best = probe_heads(x, torch.tensor(labels), q, torch.tensor(truth)).best
+    knn = {str(k): share for k, share in figures.accuracy.items()}
+    linear = best.test, wilson(round(best.test * len(truth)), len(truth))
+    print(f"  {name}: 20-NN {knn['20']:.4f}, linear {best.test:.4f}", file=sys.stderr, flush=True)
+    return Row(name, knn, figures.interval, *linear)
 
 
-DATASETS = {
-    "cifar10": "CIFAR-10, 50,000 in the gallery, 10,000 queries",
-    "clothing10": "clothing10, 700 and 372: photos of clothes, never seen in training",
-}
-BASELINES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "raw pixels": raw,
-    "histograms of oriented gradients + color": histograms,
-    "same ViT, random weights": random_vit,
-}
-
-
-def rows_of(data: str, gallery_n: int | None, query_n: int | None) -> list[Row]:
+def rows_of(data: str, most: tuple[int | None, int | None]) -> list[Row]:
     """Every baseline and every shipped encoder on one data set, whole or its first images."""
-    train, test = (read_dataset(DATA / data / f"{part}.parquet") for part in ("train", "test"))
+    print(data, file=sys.stderr)
+    patterns = DATASETS[data]
+    train, test = (first(read_dataset(DATA / p), n) for p, n in zip(patterns, most, strict=True))
+    sides = list(zip((train, test), patterns, strict=True))
     assert train.labels is not None
     assert test.labels is not None
-    gallery_labels, query_labels = train.labels[:gallery_n], test.labels[:query_n]
-    rows: list[Row] = []
-
-    def add(name: str, gallery: F32, queries: F32) -> None:
-        figures = evaluate(gallery[:gallery_n], gallery_labels, queries[:query_n], query_labels)
-        rows.append(Row(name, {str(k): value for k, value in figures.accuracy.items()}, figures.interval))
-        print(f"{data}: {name}: 20-NN {figures.accuracy[20]:.4f}", file=sys.stderr, flush=True)
-
-    pixels, queries = pixels_of(train)[:gallery_n], pixels_of(test)[:query_n]
+    rows = []
+    small = [
+        kept(
+            f"32 px {hash_of(p)} {len(d)}",
+            lambda d=d: {"pixels": np.concatenate(list(pixels_of(d, 32, f"{data}, 32 px")))},  # type: ignore[misc]
+        )["pixels"]
+        for d, p in sides
+    ]
     for name, features in BASELINES.items():
-        add(name, *centered(features(pixels), features(queries)))
+        gallery, queries = features(*small)
+        rows.append(judged(name, gallery, train.labels, queries, test.labels))
     for name, encoder in load_encoders(ROOT / "model_repository").items():
-        for output in ("cls", "mean"):
-            embedder = LocalEmbedder(encoder, output)
-            star = ", recommended" if output == encoder.manifest.recommended else ""
-            add(f"{name} ({output}{star})", *(embed_labelled(d, embedder).vectors for d in (train, test)))
+        gallery, queries = (embedded(encoder, d, p, f"{data}, {name}") for d, p in sides)
+        for output in gallery:
+            kind = output.removesuffix("_embedding")
+            star = ", recommended" if kind == encoder.manifest.recommended else ""
+            rows.append(judged(f"{name} ({kind}{star})", gallery[output], train.labels, queries[output], test.labels))
     return rows
 
 
 def main() -> None:
     quick = "--quick" in sys.argv[1:]
-    sizes = (10_000, 2_000) if quick else (None, None)
-    rows = {data: rows_of(data, *sizes) for data in DATASETS}
-    text = markdown(rows)
-    print(text)
-    if not quick:
-        save("encoders", {data: [row._asdict() for row in figures] for data, figures in rows.items()})
-        publish("encoders", text)
+    start = time.monotonic()
+    rows = {data: rows_of(data, QUICK if quick else (None, None)) for data in DATASETS}
+    minutes = (time.monotonic() - start) / 60
+    figures = {data: [row._asdict() for row in found] for data, found in rows.items()}
+    save("encoders" if quick else "encoders_full", {"minutes": round(minutes, 1), **figures})
+    for title, text in (("encoders", headline(rows)), ("encoders_by_k", by_k(rows))):
+        print(text)
+        if quick:
+            publish(title, text)
 
 
-def markdown(rows: dict[str, list[Row]]) -> str:
-    """Features by data set: 20-NN with its interval, in the order of the first data set, best last."""
-    lines = ["| 20-NN (95 % interval) | " + " | ".join(DATASETS.values()) + " |", "| --- |" + " --- |" * len(rows)]
-    first = next(iter(rows.values()))
-    for i in sorted(range(len(first)), key=lambda i: first[i].accuracy["20"]):
-        cells = [
-            f"**{r[i].accuracy['20']:.3f}** ({r[i].interval_95[0]:.3f} to {r[i].interval_95[1]:.3f})"
-            for r in rows.values()
-        ]
-        lines.append(f"| {first[i].name} | " + " | ".join(cells) + " |")
+def headline(rows: dict[str, list[Row]]) -> str:
+    """20-NN and linear with their intervals, features by data set, in the order of the first data set, best last."""
+    lines = ["| 20-NN · linear, % | " + " | ".join(rows) + " |", "| --- |" + " --- |" * len(rows)]
+    order = sorted(range(len(rows["cifar10"])), key=lambda i: rows["cifar10"][i].knn["20"])
+    for i in order:
+        cells = [f"{percent(r[i].knn['20'], r[i].knn_interval_95)} · {percent(r[i].linear, r[i].linear_interval_95)}"
+                 for r in rows.values()]  # fmt: skip
+        lines.append(f"| {rows['cifar10'][i].name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def percent(share: float, interval: tuple[float, float]) -> str:
+    """With half the interval's width: 63.0 ± 0.9."""
+    return f"**{100 * share:.1f}** ± {50 * (interval[1] - interval[0]):.1f}"
+
+
+def by_k(rows: dict[str, list[Row]]) -> str:
+    """One table a data set."""
+    parts = []
+    for data, found in rows.items():
+        ks = list(found[0].knn)
+        lines = [f"| {data}, k-NN, % | " + " | ".join(f"k = {k}" for k in ks) + " |", "| --- |" + " --- |" * len(ks)]
+        lines += [f"| {r.name} | " + " | ".join(f"{100 * r.knn[k]:.1f}" for k in ks) + " |" for r in found]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,8 @@ def export(settings: ExportSettings) -> None:
         whiten, count = learn_whitening(source.encoder, settings.whiten, Console())
         told = f"ZCA, shrinkage {SHRINKAGE}, by {count:,} images of {Path(settings.whiten).name}"
         source = source.noted(f"embeddings whitened: {told}")
+    if settings.recommend is not None:
+        source = source.recommending(settings.recommend)
     draft = source.manifest(settings.bundle.name, sha256="0" * 64)
     print(f"{draft.objective}, {draft.architecture}: {draft.parameters / 1e6:.2f} M parameters, step {source.step:,}")
     module, size = served(source.encoder, whiten), draft.transform.crop

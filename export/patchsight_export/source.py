@@ -37,6 +37,12 @@ class Source:
     def manifest(self, name: str, sha256: str) -> Manifest:
         return Manifest(name=name, sha256=sha256, **self.fields)
 
+    def recommending(self, output: Literal["cls", "mean"]) -> "Source":
+        """The same with another embedding recommended. Raises InvalidRequest if the encoder does not have it."""
+        if output == "cls" and not self.encoder.config.prefix_tokens:
+            raise InvalidRequest("--recommend cls: a ResNet has no CLS token; its embedding is the mean")
+        return replace(self, fields=self.fields | {"recommended": output})
+
     def noted(self, line: str) -> "Source":
         """The same with one more line in front of the recipe: what was done to the encoder after its training."""
         return replace(self, fields=self.fields | {"recipe": f"# {line}\n{self.fields['recipe']}"})

@@ -103,6 +103,17 @@ def test_a_graph_that_differs_is_not_published(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_another_embedding_can_be_recommended(
+    run: Path, resnet_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([str(run), str(tmp_path / "repository" / "x"), "--recommend", "mean"])
+    encoder = load_encoders(tmp_path / "repository", threads=1)["x"]
+    assert encoder.manifest.recommended == "mean"
+    told = fails([str(resnet_run), str(tmp_path / "repository" / "y"), "--recommend", "cls"], capsys)
+    assert "a ResNet has no CLS token" in told
+    assert not (tmp_path / "repository" / "y").exists()
+
+
 def test_mistakes_write_nothing(run: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = str(tmp_path / "repository" / "x")
     assert "not a run folder" in fails([str(tmp_path), target], capsys)
