@@ -26,7 +26,7 @@ def intrinsic_dimension(z: Tensor) -> float:
     −log(1 − F) against log μ is a line through the origin with the slope d, which is fitted by least squares as in the
     paper: F is a ratio's rank over N, and the 10 % largest ratios are left out, which are the least like the theory.
     (The maximum likelihood estimate N / Σ log μ has less variance, but a few outliers move it.) High dimensions are
-    underestimated, the more so the fewer points there are: 20 reads about 17 at 2000, so compare at equal N.
+    underestimated, the more so the fewer points there are: 20 reads 15 to 17 at N = 2000, so compare at equal N.
 
     Args:
         z: `(N, D)` of any float dtype, computed in float64 on its device. Of points that are equal one is kept. Of more
