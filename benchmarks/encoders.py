@@ -75,7 +75,7 @@ def kept(key: str, make: Callable[[], dict[str, F32]]) -> dict[str, F32]:
     if not path.is_file():
         CACHE.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial.npz")
-        np.savez(partial, **make())
+        np.savez(partial, **make())  # type: ignore[arg-type]
         partial.replace(path)
     with np.load(path) as found:
         return dict(found)
@@ -130,11 +130,11 @@ def rows_of(data: str, most: tuple[int | None, int | None]) -> list[Row]:
         gallery, queries = features(*small)
         rows.append(judged(name, gallery, train.labels, queries, test.labels))
     for name, encoder in load_encoders(ROOT / "model_repository").items():
-        gallery, queries = (embedded(encoder, d, p, f"{data}, {name}") for d, p in sides)
-        for output in gallery:
+        known, asked = (embedded(encoder, d, p, f"{data}, {name}") for d, p in sides)
+        for output in known:
             kind = output.removesuffix("_embedding")
             star = ", recommended" if kind == encoder.manifest.recommended else ""
-            rows.append(judged(f"{name} ({kind}{star})", gallery[output], train.labels, queries[output], test.labels))
+            rows.append(judged(f"{name} ({kind}{star})", known[output], train.labels, asked[output], test.labels))
     return rows
 
 

@@ -131,20 +131,21 @@ def line_chart(
         curve = line.curve.thin() if line.faint or len(line.curve.steps) <= FEW else line.curve.thin(SMOOTHED_POINTS)
         x, y = span.place(curve.steps), scale.place(curve.values)
         kind = f"curve c{line.rank}{' faint' if line.faint else ''}"
-        drawn.append(f'<path class="{kind}" data-name="{escape(line.label)}" d="{_path(x, y)}"/>')
+        drawn.append(f'<path class="{kind}" data-name="{escape(line.label)}" d="{path_of(x, y)}"/>')
         if len(x) <= FEW and not line.faint:
             at = zip(x, 1 - y, strict=True)
             dots += [f'<circle class="c{line.rank}" cx="{a:.3%}" cy="{b:.3%}" r="2.5"/>' for a, b in at]
-    inner = [_axes(span.scale, scale, "epoch" if span.steps_per_epoch else "step", unit)]
-    inner += [*(_mark(mark, span) for mark in marks), _curves(drawn), *dots]
+    inner = [draw_axes(span.scale, scale, "epoch" if span.steps_per_epoch else "step", unit)]
+    inner += [*(_mark(mark, span) for mark in marks), stretched(drawn), *dots]
     inner += [_reference(reference, scale, lines, span) for reference in references]
     solid = [line for line in lines if not line.faint]
-    now = " · ".join(_short(line.curve.values[-1]) for line in solid) + (" %" if unit == "%" else "")
+    now = " · ".join(short_number(line.curve.values[-1]) for line in solid) + (" %" if unit == "%" else "")
     spoken = "; ".join(
-        f"{line.label} from {_short(line.curve.values[0])} to {_short(line.curve.values[-1])}" for line in solid
+        f"{line.label} from {short_number(line.curve.values[0])} to {short_number(line.curve.values[-1])}"
+        for line in solid
     )
     data = f'data-x="{span.last} {span.steps_per_epoch or 0}" data-y="{scale.low!r} {scale.high!r} {int(scale.log)}"'
-    return _figure(title, now, solid if len(solid) > 1 else [], note, _svg(spoken, inner), data, wide)
+    return figure_of(title, now, solid if len(solid) > 1 else [], note, svg_of(spoken, inner), data, wide)
 
 
 def plane_chart(title: str, x: Curve, y: Curve, x_name: str, y_name: str, span: Span, note: str = "") -> str:
@@ -154,24 +155,26 @@ def plane_chart(title: str, x: Curve, y: Curve, x_name: str, y_name: str, span: 
         return ""
     x_scale, y_scale = fit(x.values[i]), fit(y.values[j])
     across, up = x_scale.place(x.values[i]), y_scale.place(y.values[j])
-    inner = [_axes(x_scale, y_scale, x_name, y_name)]
-    inner.append(_curves([f'<path class="curve c0 faint" d="{_path(across, up)}"/>']))
+    inner = [draw_axes(x_scale, y_scale, x_name, y_name)]
+    inner.append(stretched([f'<path class="curve c0 faint" d="{path_of(across, up)}"/>']))
     shown = np.unique(np.linspace(0, len(steps) - 1, 200, dtype=int))
     for k in shown:
         when = _when(steps[k], span)
-        text = f"{when}: {x_name} {_short(x.values[i][k])}, {y_name} {_short(y.values[j][k])}"
+        text = f"{when}: {x_name} {short_number(x.values[i][k])}, {y_name} {short_number(y.values[j][k])}"
         newest = k == shown[-1]
         inner.append(
             f'<circle class="c0{"" if newest else " past"}" cx="{across[k]:.3%}" cy="{1 - up[k]:.3%}" '
             f'r="{5 if newest else 3}"><title>{text}</title></circle>'
         )
-    ends = [(name, _short(v[0]), _short(v[-1])) for name, v in ((x_name, x.values[i]), (y_name, y.values[j]))]
+    ends = [
+        (name, short_number(v[0]), short_number(v[-1])) for name, v in ((x_name, x.values[i]), (y_name, y.values[j]))
+    ]
     now = " · ".join(last for _, _, last in ends)
     spoken = "; ".join(f"{name} from {first} to {last}" for name, first, last in ends)
-    return _figure(title, now, [], note, _svg(spoken, inner), "", wide=False)
+    return figure_of(title, now, [], note, svg_of(spoken, inner), "", wide=False)
 
 
-def _short(x: float) -> str:
+def short_number(x: float) -> str:
     """Four significant digits, without zeros at the end."""
     text = number(x)
     return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
@@ -181,21 +184,21 @@ def _when(step: float, span: Span) -> str:
     return f"epoch {step / span.steps_per_epoch:.4g}" if span.steps_per_epoch else f"step {step:,.0f}"
 
 
-def _path(x: np.ndarray, y: np.ndarray) -> str:
+def path_of(x: np.ndarray, y: np.ndarray) -> str:
     """0..1 each, y upwards, as an SVG path in the inner units."""
     points = (f"{a:.2f} {b:.2f}" for a, b in zip((x * 1000).tolist(), ((1 - y) * 1000).tolist(), strict=True))
     return "M" + "L".join(points)
 
 
-def _svg(spoken: str, inner: Sequence[str]) -> str:
+def svg_of(spoken: str, inner: Sequence[str]) -> str:
     return f'<svg role="img" aria-label="{escape(spoken)}">{"".join(inner)}</svg>'
 
 
-def _curves(paths: Sequence[str]) -> str:
+def stretched(paths: Sequence[str]) -> str:
     return f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none">{"".join(paths)}</svg>'
 
 
-def _axes(x: Scale, y: Scale, x_name: str, y_name: str) -> str:
+def draw_axes(x: Scale, y: Scale, x_name: str, y_name: str) -> str:
     parts = []
     for value, text in y.ticks():
         at = f"{1 - float(y.place(np.array(value))):.3%}"
@@ -240,7 +243,7 @@ def _mark(mark: Mark, span: Span) -> str:
     return f'<line class="mark" x1="{at}" x2="{at}" y1="{top}" y2="100%"><title>{title}</title></line>'
 
 
-def _figure(title: str, now: str, lines: Sequence[Line], note: str, svg: str, data: str, wide: bool) -> str:
+def figure_of(title: str, now: str, lines: Sequence[Line], note: str, svg: str, data: str, wide: bool) -> str:
     legend = "".join(f'<li class="c{line.rank}">{escape(line.label)}</li>' for line in lines)
     below = f"<p>{escape(note)}</p>".replace(" %", "\u00a0%") if note else ""
     return (

@@ -13,6 +13,7 @@ from patchsight_serve.terminal import progress_bar
 from patchsight_train.device import pick_device
 from patchsight_train.judge.judgement import Judgement, judge
 from patchsight_train.judge.page import render
+from patchsight_train.judge.ranking import rank_correlations, read_points
 from patchsight_train.judge.settings import EvalSettings
 from patchsight_train.judge.sheets import draw_all
 from patchsight_train.judge.subject import subjects
@@ -42,9 +43,11 @@ def run(settings: EvalSettings) -> list[dict[str, Any]]:
 
 def _write(settings: EvalSettings, judged: list[tuple[Judgement, dict[str, bytes]]]) -> None:
     """Everything so far: a source that fails later takes nothing away."""
+    points = read_points([source for source in settings.source if (source / "metrics.jsonl").is_file()])
     results = {
         "train": settings.train, "test": settings.test, "seed": settings.seed, "commit": commit(),
         "encoders": [_finite(judgement.numbers) for judgement, _ in judged],
+        "label_free_rank_correlation": _finite(rank_correlations(points)),
     }  # fmt: skip
     write_page(json.dumps(results, indent=1) + "\n", settings.out / "result.json")
     judgement, pictures = judged[-1]
@@ -53,7 +56,7 @@ def _write(settings: EvalSettings, judged: list[tuple[Judgement, dict[str, bytes
     for name, png in pictures.items():
         (folder / f"{name}.png").write_bytes(png)
     names = [Path(side).parent.name + "/" + Path(side).name for side in (settings.train, settings.test)]
-    write_page(render(judged, names[0], names[1], commit()), settings.out / "report.html")
+    write_page(render(judged, names[0], names[1], commit(), points), settings.out / "report.html")
 
 
 def _finite(value: Any) -> Any:

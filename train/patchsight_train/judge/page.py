@@ -8,6 +8,7 @@ import torch
 
 from patchsight_train.judge.confusion import confusion, most_confused
 from patchsight_train.judge.judgement import Judgement
+from patchsight_train.judge.ranking import FEWEST, Point, ranking_chart
 from patchsight_train.judge.robustness import robustness_chart
 from patchsight_train.judge.sheets import CAPTIONS
 from patchsight_train.webpage import page, picture
@@ -28,8 +29,11 @@ MEASURES = {
 }
 
 
-def render(judged: Sequence[tuple[Judgement, dict[str, bytes]]], train: str, test: str, commit: str) -> str:
-    """judged: each with its pictures by name, PNG. train, test: what the two sides are called."""
+def render(
+    judged: Sequence[tuple[Judgement, dict[str, bytes]]], train: str, test: str, commit: str, points: Sequence[Point]
+) -> str:
+    """judged: each with its pictures by name, PNG. train, test: what the two sides are called. points: the evaluations
+    that the sources' own trainings logged."""
     first = judged[0][0].numbers
     title = " · ".join(judgement.subject.name for judgement, _ in judged)
     facts = {
@@ -46,7 +50,8 @@ def render(judged: Sequence[tuple[Judgement, dict[str, bytes]]], train: str, tes
 <dl class="facts">{listed}</dl>
 </header>"""
     several = _comparison([judgement for judgement, _ in judged]) if len(judged) > 1 else ""
-    return page(f"{title} · evaluation", header, several + "".join(_subject(*entry) for entry in judged))
+    content = several + "".join(_subject(*entry) for entry in judged) + _ranking(points)
+    return page(f"{title} · evaluation", header, content)
 
 
 def _comparison(judged: Sequence[Judgement]) -> str:
@@ -125,6 +130,18 @@ def _harmed(judgement: Judgement) -> str:
         return ""
     panels = robustness_chart(judgement.disturbed)
     return f'<section><h2>What harm to a picture does</h2><div class="charts">{panels}</div></section>\n'
+
+
+def _ranking(points: Sequence[Point]) -> str:
+    """Nothing for fewer evaluations than have a rank correlation."""
+    if len(points) < FEWEST:
+        return ""
+    note = (
+        "Every evaluation that these runs logged while they trained, by label-free measures against 20-NN. ρ is "
+        "Spearman's; what does not beat that of the step is no help in choosing a checkpoint."
+    )
+    heading = "<h2>Could one have chosen without labels?</h2>"
+    return f'<section>{heading}<p class="when">{note}</p><div class="charts">{ranking_chart(points)}</div></section>\n'
 
 
 def _left_out(numbers: dict[str, Any]) -> str:

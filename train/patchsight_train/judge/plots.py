@@ -10,7 +10,7 @@ from html import escape
 
 import numpy as np
 
-from patchsight_train.charts import Line, Scale, _axes, _curves, _figure, _path, _short, _svg, fit
+from patchsight_train.charts import Line, Scale, draw_axes, figure_of, fit, path_of, short_number, stretched, svg_of
 from patchsight_train.history import Curve
 
 COLORS = 3  # of the theme
@@ -55,19 +55,19 @@ def ordered_chart(
             continue
         kept.append(Line(label, Curve(at, heights), rank))
         x, y = x_scale.place(at), y_scale.place(heights)
-        drawn.append(f'<path class="curve c{rank}" data-name="{escape(label)}" d="{_path(x, y)}"/>')
+        drawn.append(f'<path class="curve c{rank}" data-name="{escape(label)}" d="{path_of(x, y)}"/>')
         dots += [
-            _dot(a, b, rank, f"{names[int(i)]}: {label} {_short(value)} {unit}")
+            _dot(a, b, rank, f"{names[int(i)]}: {label} {short_number(value)} {unit}")
             for a, b, i, value in zip(x, y, at, heights, strict=True)
         ]
     if not kept:
         return ""
     spoken = "; ".join(
-        f"{x.label} from {_short(x.curve.values[0])} to {_short(x.curve.values[-1])} {unit}" for x in kept
+        f"{x.label} from {short_number(x.curve.values[0])} to {short_number(x.curve.values[-1])} {unit}" for x in kept
     )
     now = " · ".join(f"{line.curve.values[-1]:.1f}" for line in kept) + f" {unit}"
-    inner = [_axes(x_scale, y_scale, x_name, unit), _curves(drawn), *dots]
-    return _figure(title, now, kept, "", _svg(spoken, inner), "", wide=False)
+    inner = [draw_axes(x_scale, y_scale, x_name, unit), stretched(drawn), *dots]
+    return figure_of(title, now, kept, "", svg_of(spoken, inner), "", wide=False)
 
 
 def scatter_chart(title: str, clouds: Sequence[Cloud], x_name: str, y_name: str, now: str = "", note: str = "") -> str:
@@ -80,12 +80,12 @@ def scatter_chart(title: str, clouds: Sequence[Cloud], x_name: str, y_name: str,
     for cloud in clouds:
         rank, pale = cloud.rank % COLORS, cloud.rank >= COLORS
         x, y = x_scale.place(cloud.x), y_scale.place(cloud.y)
-        paths.append(f'<path class="curve c{rank} faint" data-name="{escape(cloud.label)}" d="{_path(x, y)}"/>')
+        paths.append(f'<path class="curve c{rank} faint" data-name="{escape(cloud.label)}" d="{path_of(x, y)}"/>')
         dots += [_dot(a, b, rank, hint, pale) for a, b, hint in zip(x, y, cloud.hints, strict=True)]
     legend = [Line(cloud.label, Curve(cloud.x, cloud.y), cloud.rank % COLORS) for cloud in clouds]
     spoken = f"{sum(len(cloud.x) for cloud in clouds)} points of {x_name} and {y_name}"
-    inner = [_axes(x_scale, y_scale, x_name, y_name), _curves(paths), *dots]
-    return _figure(title, now, legend if len(clouds) > 1 else [], note, _svg(spoken, inner), "", wide=False)
+    inner = [draw_axes(x_scale, y_scale, x_name, y_name), stretched(paths), *dots]
+    return figure_of(title, now, legend if len(clouds) > 1 else [], note, svg_of(spoken, inner), "", wide=False)
 
 
 def _dot(x: float, y: float, rank: int, hint: str, pale: bool = False) -> str:

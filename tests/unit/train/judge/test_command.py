@@ -111,6 +111,7 @@ def test_several_sources_stand_side_by_side(run: Path, sides: tuple[Path, Path],
     )  # fmt: skip
     first, second = result["encoders"]
     assert first["knn"] == second["knn"]
+    assert set(result["label_free_rank_correlation"]) >= {"rankme", "step"}
     assert "Side by side" in (tmp_path / "out" / "report.html").read_text()
 
 
