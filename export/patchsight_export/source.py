@@ -13,17 +13,17 @@ from patchsight_train import build, checkpoint
 from patchsight_train.architecture import EncoderConfig, ResNetConfig, architecture
 from patchsight_train.data import eval_transform
 from patchsight_train.encoder import Encoder
-from patchsight_train.objective import Objective
-from patchsight_train.objective_settings import SETTINGS
+from patchsight_train.initial import KEPT
 from patchsight_train.run import read_config
 
-OBJECTIVES: dict[str, type[Objective]] = dict(zip(SETTINGS, build.OBJECTIVES, strict=True))
 # In config.toml, but not part of the recipe: fields of their own in the manifest, and what does not change the numbers.
 NOT_RECIPE = {
     "objective", "dataset", "license", "commit", "patchsight", "torch", "device", "threads", "checkpoint_every",
-    "knn_every", "knn_gallery", "knn_queries", "recompute", "compile", "resident", "tensorboard", "on_collapse",
+    "knn_every", "val_every", "knn_gallery", "knn_queries", "recompute", "compile", "resident", "tensorboard",
+    "on_collapse",
 }  # fmt: skip
-PATHS = {"data", "knn_test", "teacher_labels", "init", "teacher"}  # nobody's business, but for the last folder's name
+# Nobody's business, but for the last folder's name.
+PATHS = {"data", "knn_test", "test", "val", "teacher_labels", "init", "teacher"}
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ def read_run(run: Path, step: int | None = None) -> Source:
         InvalidRequest: `run` is no run folder, has no such checkpoint, or the checkpoint does not fit config.toml.
     """
     config = read_config(run)
-    objective = OBJECTIVES.get(config.get("objective", ""))
-    if objective is None:
+    kept = KEPT.get(config.get("objective", ""))
+    if kept is None:
         raise InvalidRequest(
-            f"{run / 'config.toml'}: objective is {config.get('objective')!r}, not one of {', '.join(OBJECTIVES)}"
+            f"{run / 'config.toml'}: objective is {config.get('objective')!r}, not one of {', '.join(KEPT)}"
         )
     saved = checkpoint.load(run, step)
     encoder = build.build_encoder(_architecture(config, run))
-    prefix = objective.encoder_name + "."
+    prefix = f"{kept}."
     _load(encoder, {k.removeprefix(prefix): v for k, v in saved.model.items() if k.startswith(prefix)}, run)
     return Source(encoder.eval(), saved.step, _fields(config, encoder, saved.step))
 
@@ -89,7 +89,7 @@ def _load(encoder: Encoder, weights: dict[str, Tensor], run: Path) -> None:
 def _fields(config: dict[str, Any], encoder: Encoder, step: int) -> dict[str, Any]:
     """The manifest, but for `name`, `sha256` and `measured`."""
     net = encoder.config
-    pooling = build.recommended_pooling(config["objective"], net)
+    pooling = build.recommended_pooling(config, net)
     return {
         "objective": config["objective"],
         "architecture": describe(net),

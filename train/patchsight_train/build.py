@@ -1,5 +1,8 @@
 """From settings to the objective with its encoder, freshly initialized."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from patchsight_train.architecture import EncoderConfig, ResNetConfig
 from patchsight_train.autoencoder import Autoencoder
 from patchsight_train.dino import DINO
@@ -35,10 +38,13 @@ def build_encoder(config: EncoderConfig) -> Encoder:
     return ResNet(config) if isinstance(config, ResNetConfig) else ViT(config)
 
 
-def recommended_pooling(objective: str, config: EncoderConfig) -> str:
-    """Which embedding counts, "cls" or "mean", as the objective itself says; some cannot be built without their
-    teacher. Raises KeyError for an unknown objective."""
-    kind = dict(zip(SETTINGS, OBJECTIVES, strict=True))[objective]
+def recommended_pooling(run: Mapping[str, Any], config: EncoderConfig) -> str:
+    """Which embedding of a run counts, "cls" or "mean": what its config.toml says, as that of a fine-tuning does; else
+    as the objective itself says, of which some cannot be built without their teacher. Raises KeyError for an unknown
+    objective."""
+    if "pooling" in run:
+        return str(run["pooling"])
+    kind = dict(zip(SETTINGS, OBJECTIVES, strict=True))[run["objective"]]
     return "mean" if issubclass(kind, MAE | Autoencoder) else default_pooling(config)
 
 

@@ -26,7 +26,7 @@ from patchsight_train.survey import survey
 EPOCHS = {False: 30, True: 100}  # without and with a GPU; 100 in MAE's Table 9
 FEWEST_STEPS, MOST_EPOCHS = 1000, 300  # of few labels more epochs are made, up to so many
 BATCH = {False: 128, True: 256}
-PROBE_LR = 0.01  # at a batch of 256, of standardized features
+PROBE_LR = 0.02  # at a batch of 256, of standardized features
 
 
 def fill(
@@ -65,10 +65,7 @@ def pooling_of(settings: FineTuneSettings, start: EncoderConfig) -> str:
     assert settings.init is not None
     if not (settings.init / "config.toml").is_file():
         return load_manifest(settings.init).recommended
-    config = read_config(settings.init)
-    if config["objective"] == settings.objective:
-        return str(config["pooling"])
-    return recommended_pooling(config["objective"], start)
+    return recommended_pooling(read_config(settings.init), start)
 
 
 def _pick(choice: Choice, n: int, machine: Machine) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from patchsight_export.source import read_run
 from patchsight_train import checkpoint
 from patchsight_train.finetune import main
 from patchsight_train.finetune_settings import FineTuneSettings
@@ -108,6 +109,7 @@ def test_from_scratch_and_pretrained_share_the_architecture(tune: Callable[..., 
     assert not torch.allclose(theirs.get_parameter("pos_embed"), first.get_parameter("pos_embed"))
     configs = [read_config(run) for run in (pretrained, scratch)]
     assert [config["pooling"] for config in configs] == ["mean", "mean"]
+    assert read_run(pretrained).manifest("x", "0" * 64).recommended == "mean"  # for export
     assert [config["layer_decay"] for config in configs] == [0.75, 1.0]
     assert [result(run)["scratch"] for run in (pretrained, scratch)] == [False, True]
 

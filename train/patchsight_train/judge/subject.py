@@ -106,7 +106,7 @@ def _described(source: Path, encoder: Encoder) -> tuple[str, str]:
     if (source / "config.toml").is_file():
         config = read_config(source)
         data = config.get("dataset") or ", ".join(map(str, config.get("data", [])))
-        return recommended_pooling(str(config["objective"]), encoder.config), str(data)
+        return recommended_pooling(config, encoder.config), str(data)
     manifest = load_manifest(source)
     return manifest.recommended, manifest.data
 
