@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 class EmbedderSettings(CommandSettings):
-    encoder: str | None = Field(None, description="name of the encoder (default: the server's, or the first by name)")
+    encoder: str | None = Field(
+        None, description="name of the encoder (default: the server's, or the one that sees the largest pictures)"
+    )
     output: Literal["recommended", "cls", "mean"] = Field("recommended", description="which embedding of the encoder")
     model_repository: Path = Field(
         default_factory=default_repository, description="folder with one encoder bundle per subfolder"
@@ -41,10 +43,11 @@ def open_embedder(settings: EmbedderSettings) -> Iterator["Embedder"]:
             yield client
         return
     from patchsight_serve.embedder import LocalEmbedder
+    from patchsight_serve.encoder import default_name
     from patchsight_serve.repository import load_encoders  # ONNX Runtime: not needed where a server does the work
 
     encoders = load_encoders(settings.model_repository)
-    name = settings.encoder or next(iter(encoders))
+    name = settings.encoder or default_name(encoders)
     if name not in encoders:
         message = f"--encoder {name!r} is not in {settings.model_repository}; there are {', '.join(encoders)}"
         raise NotFound(message, "encoder")

@@ -1,6 +1,6 @@
 """What the server asks of an engine that runs an encoder. ONNX Runtime and the fake pass the same tests of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,3 +26,9 @@ class Encoder(Protocol):
 
         Returns float32 `(N, *manifest.outputs[name])` for each name asked for, rows in the order of `images`.
         """
+
+
+def default_name(encoders: Mapping[str, Encoder]) -> str:
+    """Which encoder is meant where none is named: the one that sees the largest pictures, as what people send are
+    photos; of equals the first."""
+    return max(encoders, key=lambda name: encoders[name].manifest.image_size)

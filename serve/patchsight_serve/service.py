@@ -14,7 +14,7 @@ import numpy as np
 from patchsight_serve.batcher import Batcher
 from patchsight_serve.bodies import BodyLimits
 from patchsight_serve.decode import Limits, decode
-from patchsight_serve.encoder import Encoder, Pixels, Values
+from patchsight_serve.encoder import Encoder, Pixels, Values, default_name
 from patchsight_serve.errors import DeadlineExceeded, InvalidRequest, NotFound, NotReady, Overloaded, PatchsightError
 from patchsight_serve.manifest import Manifest
 from patchsight_serve.metrics import Metrics
@@ -85,8 +85,8 @@ class Service:
 
     @property
     def default_encoder(self) -> str:
-        """`settings.encoder`, else the first by name."""
-        return self.settings.encoder or next(iter(self.encoders))
+        """`settings.encoder`, else the one that sees the largest pictures."""
+        return self.settings.encoder or default_name(self.encoders)
 
     async def prove_ready(self) -> None:
         """Return if requests can be answered right now. Raises NotReady."""

@@ -31,7 +31,9 @@ class ServeSettings(CommandSettings):
     state_dir: Path = Field(Path("state"), description="folder that holds the galleries")
     keep_originals: bool = Field(True, description="keep the encoded images in the galleries, for later encoders")
     sample_gallery: bool = Field(True, description="index the sample photos into a default gallery that is new")
-    encoder: str | None = Field(None, description="the encoder of requests that name none (default: the first by name)")
+    encoder: str | None = Field(
+        None, description="the encoder of requests that name none (default: the one that sees the largest pictures)"
+    )
 
     api_keys: SecretStr = Field(SecretStr(""), description="comma-separated; each opens everything, as a Bearer token")
     allow_anonymous: bool = Field(False, description="listen beyond loopback without an API key")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from patchsight_serve.encoder import Encoder
+from patchsight_serve.encoder import Encoder, default_name
 from patchsight_serve.fake_encoder import FakeEncoder
 from patchsight_serve.ort_encoder import OrtEncoder
 
@@ -79,3 +79,10 @@ def test_equal_images_are_equal_and_one_pixel_makes_a_difference(encoder: Encode
     a, b, c = encoder.run(np.concatenate([image, image, other]), [name])[name]
     assert (a == b).all()
     assert (a != c).any()
+
+
+def test_the_encoder_that_sees_the_largest_pictures_is_the_default() -> None:
+    sizes = {"a": 16, "b": 32, "c": 32, "d": 8}
+    encoders: dict[str, Encoder] = {name: FakeEncoder(name, image_size=size) for name, size in sizes.items()}
+    assert default_name(encoders) == "b"
+    assert default_name({"d": encoders["d"]}) == "d"

@@ -378,7 +378,7 @@ def test_galleries_have_names_and_are_apart(client: TestClient, photos: list[byt
 
 
 def test_a_gallery_of_another_encoder_is_409_never_a_wrong_neighbor(serving, photos: list[bytes]) -> None:
-    """The default encoder is the first by name; a gallery stays with the one it began with."""
+    """The default encoder is the first of equals by name; a gallery stays with the one it began with."""
     client = serving(FakeEncoder("alpha"), FakeEncoder("beta", embedding_dim=8))
     add(client, photos[:2], encoder="beta")
     assert client.get("/gallery").json()["encoder"]["name"] == "beta"
