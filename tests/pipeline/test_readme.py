@@ -69,7 +69,7 @@ def test_file_map() -> None:
     """Every module of the packages stands in the map, and the map names no file that is gone."""
     text = (ROOT / "README.md").read_text().split("## File map")[1]
     modules = {
-        p.name for package in ("train", "export", "serve") for p in (ROOT / package).glob("patchsight_*/[a-z]*.py")
+        p.name for package in ("train", "export", "serve") for p in (ROOT / package).glob("patchsight_*/**/[a-z]*.py")
     }
     named = set(re.findall(r"\b[a-z_]+\.py\b", text))
     assert named == modules
