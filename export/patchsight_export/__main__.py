@@ -53,16 +53,16 @@ def export(settings: ExportSettings) -> None:
     from patchsight_export.verify import noise, photos, verify
     from patchsight_export.whitening import SHRINKAGE, learn_whitening
 
-    source, whiten = read_run(settings.source, settings.step), None
-    if settings.whiten is not None:
-        whiten, count = learn_whitening(source.encoder, settings.whiten, Console())
-        told = f"ZCA, shrinkage {SHRINKAGE}, by {count:,} images of {Path(settings.whiten).name}"
-        source = source.noted(f"embeddings whitened: {told}")
+    source, whiten, both = read_run(settings.source, settings.step), None, settings.recommend == "both"
     if settings.recommend is not None:
         source = source.recommending(settings.recommend)
+    if settings.whiten is not None:
+        whiten, count = learn_whitening(source.encoder, settings.whiten, Console(), both)
+        told = f"ZCA, shrinkage {SHRINKAGE}, by {count:,} images of {Path(settings.whiten).name}"
+        source = source.noted(f"embeddings whitened: {told}")
     draft = source.manifest(settings.bundle.name, sha256="0" * 64)
     print(f"{draft.objective}, {draft.architecture}: {draft.parameters / 1e6:.2f} M parameters, step {source.step:,}")
-    module, size = served(source.encoder, whiten), draft.transform.crop
+    module, size = served(source.encoder, whiten, both), draft.transform.crop
     model = with_metadata(to_onnx(module, size, tuple(draft.outputs), settings.opset), draft.metadata())
     pictures = {"noise": noise(size), "photos": photos(draft.transform)}
     print("\n".join(verdict(verify(model, module, draft.outputs, pictures), list(draft.outputs))))

@@ -24,8 +24,10 @@ class ExportSettings(CommandSettings):
     whiten: str | None = Field(
         None, description="images, a folder or Parquet, without need of labels, that embeddings are whitened by"
     )
-    recommend: Literal["cls", "mean"] | None = Field(
-        None, description="embedding to recommend, as whitening may change which is best (default: the objective's)"
+    recommend: Literal["cls", "mean", "both"] | None = Field(
+        None,
+        description="embedding to recommend; both: CLS and mean side by side, the best one where whitened "
+        "(default: the objective's)",
     )
     step: Annotated[int, Field(ge=1)] | None = Field(None, description="checkpoint to export (default: the newest)")
     opset: Literal[18, 23] = Field(23, description="of ONNX; 18 for runtimes that have no Attention operator yet")

@@ -37,10 +37,10 @@ class Source:
     def manifest(self, name: str, sha256: str) -> Manifest:
         return Manifest(name=name, sha256=sha256, **self.fields)
 
-    def recommending(self, output: Literal["cls", "mean"]) -> "Source":
+    def recommending(self, output: Literal["cls", "mean", "both"]) -> "Source":
         """The same with another embedding recommended. Raises InvalidRequest if the encoder does not have it."""
-        if output == "cls" and not self.encoder.config.prefix_tokens:
-            raise InvalidRequest("--recommend cls: a ResNet has no CLS token; its embedding is the mean")
+        if output != "mean" and not self.encoder.config.prefix_tokens:
+            raise InvalidRequest(f"--recommend {output}: a ResNet has no CLS token; its embedding is the mean")
         return replace(self, fields=self.fields | {"recommended": output})
 
     def noted(self, line: str) -> "Source":

@@ -11,7 +11,7 @@ from onnx import helper
 from torch import Tensor, nn
 
 from patchsight_serve.manifest import METADATA_KEY
-from patchsight_train.encoder import Encoder
+from patchsight_train.encoder import Encoder, side_by_side
 from patchsight_train.views import eval_view
 from patchsight_train.vit import ViT
 
@@ -22,22 +22,25 @@ LARGEST_BATCH = 65_536
 
 class ServedViT(nn.Module):
     """uint8 `(N, H, W, 3)` to `OUTPUTS`, float32: `(N, D)`, `(N, D)`, `(N, h, g, g)`, `(N, g, g, D)`; g patches a side.
+    With `both`, `(N, 2D)` after the first two: CLS and mean side by side.
 
     `attention` is the last block's, from CLS to the patches: its sum is 1 less the weight on CLS and the registers.
     """
 
-    def __init__(self, encoder: ViT, whiten: Mapping[str, nn.Module]) -> None:
+    def __init__(self, encoder: ViT, whiten: Mapping[str, nn.Module], both: bool) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.cls, self.mean = (whiten.get(pooling, nn.Identity()) for pooling in ("cls", "mean"))
+        self.encoder, self.with_both = encoder, both
+        self.cls, self.mean, self.both = (whiten.get(pooling, nn.Identity()) for pooling in ("cls", "mean", "both"))
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         vit = self.encoder.config
         g, P, h, D = vit.grid, vit.prefix_tokens, vit.heads, vit.width
         tokens, weights = self.encoder.with_attention(eval_view(image.permute(0, 3, 1, 2)))
         patches = tokens[:, P:]
         attention = weights[:, :, 0, P:].reshape(-1, h, g, g)
-        return self.cls(tokens[:, 0]), self.mean(patches.mean(dim=1)), attention, patches.reshape(-1, g, g, D)
+        cls, mean = tokens[:, 0], patches.mean(dim=1)
+        both = (self.both(side_by_side(cls, mean)),) if self.with_both else ()
+        return self.cls(cls), self.mean(mean), *both, attention, patches.reshape(-1, g, g, D)
 
 
 class ServedResNet(nn.Module):
@@ -52,12 +55,13 @@ class ServedResNet(nn.Module):
         return (self.mean(self.encoder.pooled(eval_view(image.permute(0, 3, 1, 2)), "mean")),)
 
 
-def served(encoder: Encoder, whiten: Mapping[str, nn.Module] | None = None) -> nn.Module:
+def served(encoder: Encoder, whiten: Mapping[str, nn.Module] | None = None, both: bool = False) -> nn.Module:
     """What is exported of an encoder: a module whose outputs are those of its manifest, in that order.
 
-    whiten: by pooling, "cls" and "mean", what an embedding goes through before it leaves.
+    whiten: by pooling, "cls", "mean" and "both", what an embedding goes through before it leaves. both: whether that
+    one is among the outputs.
     """
-    return (ServedViT if isinstance(encoder, ViT) else ServedResNet)(encoder, whiten or {})  # type: ignore[arg-type]
+    return ServedViT(encoder, whiten or {}, both) if isinstance(encoder, ViT) else ServedResNet(encoder, whiten or {})
 
 
 def to_onnx(served: nn.Module, size: int, outputs: tuple[str, ...] = OUTPUTS, opset: int = 23) -> onnx.ModelProto:

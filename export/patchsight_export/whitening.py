@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from patchsight_serve.errors import InvalidRequest
 from patchsight_train.data import sample_images
-from patchsight_train.encoder import Encoder, pool
+from patchsight_train.encoder import Encoder, pool, side_by_side
 from patchsight_train.views import eval_view
 
 SHRINKAGE = 0.01  # s: directions that hold next to nothing are rounding and noise, and stay short
@@ -55,8 +55,11 @@ class Whitening(nn.Module):
 
 
 @torch.no_grad()
-def learn_whitening(encoder: Encoder, source: str, console: Console) -> tuple[dict[str, Whitening], int]:
-    """One for each embedding of the encoder, by its pooling, and how many images they were learned from.
+def learn_whitening(
+    encoder: Encoder, source: str, console: Console, both: bool = False
+) -> tuple[dict[str, Whitening], int]:
+    """One for each embedding of the encoder, by its pooling, and how many images they were learned from. both: also
+    one for CLS and mean side by side.
 
     Raises as `sample_images` and `Whitening.learned`.
     """
@@ -66,4 +69,7 @@ def learn_whitening(encoder: Encoder, source: str, console: Console) -> tuple[di
         tokens = encoder(eval_view(part))
         for pooling, embeddings in found.items():
             embeddings.append(pool(tokens, P, pooling))
-    return {pooling: Whitening.learned(torch.cat(embeddings)) for pooling, embeddings in found.items()}, len(pixels)
+    learned = {pooling: torch.cat(embeddings) for pooling, embeddings in found.items()}
+    if both:
+        learned["both"] = side_by_side(learned["cls"], learned["mean"])
+    return {pooling: Whitening.learned(x) for pooling, x in learned.items()}, len(pixels)

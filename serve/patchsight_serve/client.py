@@ -26,7 +26,7 @@ class Client:
     says, for up to `patience_s` seconds a batch.
 
     url: as in `http://127.0.0.1:8000`. key: of its `PATCHSIGHT_API_KEYS`. encoder: None for the server's default.
-    output: `recommended`, `cls` or `mean`.
+    output: `recommended`, `cls`, `mean` or `both`.
 
     Raises:
         NotFound: the server has no such encoder. InvalidRequest: the encoder has no such output.

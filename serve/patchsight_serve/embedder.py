@@ -37,7 +37,7 @@ class Embedder(Protocol):
 class LocalEmbedder:
     """An encoder of this process; the next batch is decoded while one is encoded.
 
-    output: `recommended`, `cls` or `mean`. Raises InvalidRequest if the encoder does not have it.
+    output: `recommended`, `cls`, `mean` or `both`. Raises InvalidRequest if the encoder does not have it.
     """
 
     def __init__(self, encoder: Encoder, output: str = "recommended", batch: int = 32) -> None:

@@ -19,7 +19,9 @@ class EmbedderSettings(CommandSettings):
     encoder: str | None = Field(
         None, description="name of the encoder (default: the server's, or the one that sees the largest pictures)"
     )
-    output: Literal["recommended", "cls", "mean"] = Field("recommended", description="which embedding of the encoder")
+    output: Literal["recommended", "cls", "mean", "both"] = Field(
+        "recommended", description="which embedding of the encoder"
+    )
     model_repository: Path = Field(
         default_factory=default_repository, description="folder with one encoder bundle per subfolder"
     )

@@ -21,7 +21,7 @@ class FakeEncoder:
 
     def __init__(
         self, name: str = "fake", image_size: int = 32, patch_size: int | None = 4, embedding_dim: int = 16,
-        num_heads: int = 2,
+        num_heads: int = 2, both: bool = False,
     ) -> None:  # fmt: skip
         self.manifest = Manifest(
             name=name,
@@ -34,7 +34,7 @@ class FakeEncoder:
             embedding_dim=embedding_dim,
             num_heads=num_heads if patch_size else None,
             prefix_tokens=1 if patch_size else 0,
-            recommended="cls" if patch_size else "mean",
+            recommended="both" if both else "cls" if patch_size else "mean",
             transform=Transform(resize=image_size, crop=image_size),
             data="none",
             recipe="none",
@@ -56,6 +56,9 @@ class FakeEncoder:
     def _mean_embedding(self, images: Pixels) -> Numbers:
         mean: Numbers = self._patch_tokens(images).mean(axis=(1, 2))
         return mean
+
+    def _both_embedding(self, images: Pixels) -> Numbers:
+        return np.concatenate([self._cls_embedding(images), self._mean_embedding(images)], axis=1)
 
     def _attention(self, images: Pixels) -> Numbers:
         """Each head looks at the bright patches, more sharply than the head before; the CLS token keeps 0.1."""

@@ -49,7 +49,7 @@ class Manifest(BaseModel):
     embedding_dim: Positive
     num_heads: Positive | None
     prefix_tokens: Annotated[int, Field(ge=0)]  # CLS and registers, in front of the patch tokens
-    recommended: Literal["cls", "mean"]
+    recommended: Literal["cls", "mean", "both"]  # both: CLS and mean side by side, 2 · embedding_dim numbers
     transform: Transform
     data: str
     recipe: str
@@ -67,6 +67,7 @@ class Manifest(BaseModel):
         return {
             "cls_embedding": (D,),
             "mean_embedding": (D,),
+            **({"both_embedding": (2 * D,)} if self.recommended == "both" else {}),
             "attention": (self.num_heads, side, side),
             "patch_tokens": (side, side, D),
         }

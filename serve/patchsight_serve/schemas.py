@@ -44,6 +44,7 @@ class EmbedResult(BaseModel):
     embedding: list[float] | None = None
     cls: list[float] | None = None
     mean: list[float] | None = None
+    both: list[float] | None = Field(None, description="CLS and mean side by side, where the encoder has that")
     attention: PackedArray | None = Field(None, description="(heads, h, w), from the CLS token to the patches")
     patch_tokens: PackedArray | None = Field(None, description="(h, w, D)")
     error: ErrorBody | None = None

@@ -30,10 +30,11 @@ OUTPUTS = {
     "embedding": None,
     "cls": "cls_embedding",
     "mean": "mean_embedding",
+    "both": "both_embedding",
     "attention": "attention",
     "patch_tokens": "patch_tokens",
 }
-VECTORS = ("embedding", "cls", "mean")
+VECTORS = ("embedding", "cls", "mean", "both")
 PROOF_TIMEOUT_S = 5.0
 
 

@@ -1,6 +1,7 @@
 """What training, evaluation and export ask of a backbone: tokens in one layout."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchsight_train.architecture import EncoderConfig
@@ -22,6 +23,11 @@ class Encoder(nn.Module):
 def pool(tokens: Tensor, prefix_tokens: int, pooling: str) -> Tensor:
     """Tokens `(N, T, D)` to `(N, D)`: the first, or the mean of those after the prefix."""
     return tokens[:, 0] if pooling == "cls" else tokens[:, prefix_tokens:].mean(dim=1)
+
+
+def side_by_side(cls: Tensor, mean: Tensor) -> Tensor:
+    """`(N, D)` each, as the encoder gives them, to `(N, 2D)` in which both count alike."""
+    return torch.cat([F.normalize(cls, dim=1), F.normalize(mean, dim=1)], dim=1)
 
 
 def default_pooling(config: EncoderConfig) -> str:

@@ -64,7 +64,8 @@ def pooling_of(settings: FineTuneSettings, start: EncoderConfig) -> str:
     """Which embedding of the encoder that --init gives counts."""
     assert settings.init is not None
     if not (settings.init / "config.toml").is_file():
-        return load_manifest(settings.init).recommended
+        recommended = load_manifest(settings.init).recommended
+        return default_pooling(start) if recommended == "both" else recommended
     return recommended_pooling(read_config(settings.init), start)
 
 

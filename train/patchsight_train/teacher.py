@@ -54,7 +54,7 @@ class Teacher:
     @property
     def width(self) -> int:
         """D_t: numbers in an embedding."""
-        return self.manifest.embedding_dim
+        return self.manifest.outputs[f"{self.manifest.recommended}_embedding"][0]
 
     def __call__(self, views: Tensor) -> Tensor:
         """Embeddings of normalized views: float `(B, 3, S, S)` to float32 `(B, D_t)` on the same device.

@@ -15,6 +15,7 @@ from patchsight_export.__main__ import main
 from patchsight_export.verify import noise
 from patchsight_export.whitening import Whitening, learn_whitening
 from patchsight_serve.errors import InvalidRequest
+from patchsight_serve.nearest import normalize
 from patchsight_serve.ort_encoder import OrtEncoder
 from patchsight_serve.sample_gallery import SAMPLES
 from patchsight_train.objective import Objective
@@ -96,6 +97,25 @@ def test_the_graph_whitens_both_embeddings_and_nothing_else(
     assert first == "# embeddings whitened: ZCA, shrinkage 0.01, by 200 images of clothing.parquet"
     assert white.manifest.recipe.split("\n", 1)[1] == plain.manifest.recipe
     assert "one by one, photos" in capsys.readouterr().out
+
+
+def test_both_embeddings_side_by_side_are_whitened_together(make_run: Callable[..., Objective], tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run", "simclr")
+    for name, flags in (("plain", []), ("white", ["--whiten", str(SAMPLES)])):
+        main([str(tmp_path / "run"), str(tmp_path / "repository" / name), "--recommend", "both", *flags])
+    plain, white = (OrtEncoder(tmp_path / "repository" / name, threads=1) for name in ("plain", "white"))
+    assert plain.manifest.recommended == "both"
+    images, D = noise(16, 5), plain.manifest.embedding_dim
+    assert plain.manifest.outputs["both_embedding"] == (2 * D,)
+    before, after = (e.run(images, ["cls_embedding", "mean_embedding", "both_embedding"]) for e in (plain, white))
+    halves = [normalize(before[f"{pooling}_embedding"]) for pooling in ("cls", "mean")]
+    np.testing.assert_allclose(before["both_embedding"], np.concatenate(halves, axis=1), atol=1e-5)
+    whiten, _ = learn_whitening(made.kept, str(SAMPLES), Console(quiet=True), both=True)
+    with torch.no_grad():
+        wanted = whiten["both"](torch.from_numpy(before["both_embedding"])).numpy()
+    np.testing.assert_allclose(after["both_embedding"], wanted, rtol=0, atol=1e-3 * np.abs(wanted).max())
+    # Together, not each by itself: the halves are not the whitened ones.
+    assert np.abs(after["both_embedding"][:, :D] - after["cls_embedding"]).max() > 0.1
 
 
 def test_a_resnet_has_one_embedding_to_whiten(resnet_run: Path, tmp_path: Path) -> None:

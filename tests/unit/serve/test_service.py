@@ -18,8 +18,19 @@ def test_the_embedding_is_the_recommended_one(recommended: str, name: str) -> No
     manifest = FakeEncoder().manifest.model_copy(update={"recommended": recommended})
     assert graph_name("embedding", manifest) == name
     assert graph_name("cls", manifest) == "cls_embedding"
+    with pytest.raises(InvalidRequest, match="has no output 'both'; it has embedding, cls, mean"):
+        graph_name("both", manifest)
     with pytest.raises(InvalidRequest, match="unknown output 'cls_embedding'"):
         graph_name("cls_embedding", manifest)
+
+
+def test_both_embeddings_side_by_side_where_the_encoder_has_that() -> None:
+    encoder = FakeEncoder(both=True)
+    assert graph_name("embedding", encoder.manifest) == graph_name("both", encoder.manifest) == "both_embedding"
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    values = encoder.run(images, list(encoder.manifest.outputs))
+    assert {name: v.shape[1:] for name, v in values.items()} == encoder.manifest.outputs
+    assert values["both_embedding"].shape == (2, 2 * encoder.manifest.embedding_dim)
 
 
 def test_unit_length() -> None:

@@ -1,8 +1,8 @@
 """All that a frozen encoder says of labelled images: its embeddings, of each kind, computed once for every measure.
 
-Kinds: "cls" and "mean" (of the patch tokens) of the last layer, and "last 4 blocks", the CLS tokens of the last four
-blocks side by side, each through the final norm, as DINO's linear evaluation takes them (arXiv:2104.14294, App. F.2).
-A ResNet has "mean" alone.
+Kinds: "cls" and "mean" (of the patch tokens) of the last layer; "both" side by side; and "last 4 blocks", the CLS
+tokens of the last four blocks side by side, each through the final norm, as DINO's linear evaluation takes them
+(arXiv:2104.14294, App. F.2). A ResNet has "mean" alone.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +19,7 @@ from patchsight_serve.errors import InvalidRequest, PatchsightError
 from patchsight_serve.item import Identity
 from patchsight_serve.nearest import F32
 from patchsight_train.data import decoders, eval_transform, look_ahead
-from patchsight_train.encoder import Encoder, pool
+from patchsight_train.encoder import Encoder, pool, side_by_side
 from patchsight_train.views import eval_view
 from patchsight_train.vit import ViT
 
@@ -55,8 +55,9 @@ def features(encoder: Encoder, pixels: Tensor) -> dict[str, Tensor]:
         tokens = block(tokens)
         cls.append(encoder.norm(tokens)[:, 0])
     tokens, last = encoder.norm(tokens), cls[-LAST:]
+    by_cls, by_mean = pool(tokens, P, "cls"), pool(tokens, P, "mean")
     kinds = {
-        "cls": pool(tokens, P, "cls"), "mean": pool(tokens, P, "mean"),
+        "cls": by_cls, "mean": by_mean, "both": side_by_side(by_cls, by_mean),
         f"last {len(last)} blocks": torch.cat(last, dim=1),
     }  # fmt: skip
     return {name: value.float().cpu() for name, value in kinds.items()}
