@@ -24,7 +24,6 @@ from patchsight_serve.embedder import batches
 from patchsight_serve.nearest import F32, I64, normalize
 from patchsight_serve.ort_encoder import OrtEncoder
 from patchsight_serve.protocol import evaluate
-from patchsight_serve.repository import load_encoders
 from patchsight_train.linear import linear_probe
 
 DATASETS = ("cifar10", "clothing10")
@@ -94,11 +93,14 @@ MAPS: dict[str, Callable[[F32], Map]] = {
 }
 
 
+ENCODERS = ("simclr-vit-cifar10",)  # those whose graph does not whiten yet
+
+
 def main() -> None:
     sizes = (10_000, 2_000) if "--quick" in sys.argv[1:] else (None, None)
     results: dict[str, dict[str, float]] = {}
-    for name, encoder in load_encoders(ROOT / "model_repository").items():
-        assert isinstance(encoder, OrtEncoder)
+    for name in ENCODERS:
+        encoder = OrtEncoder(ROOT / "model_repository" / name)
         splits = {
             data: [split(encoder, read_dataset(DATA / data / f"{part}.parquet"), n) for part, n in parts(sizes)]
             for data in DATASETS

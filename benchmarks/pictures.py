@@ -1,25 +1,65 @@
-"""The README's picture of attention: photos, and over each the map of every head, as `/attention` draws them.
+"""The README's pictures of attention and neighbors, by the encoder that answers by default.
 
-    python benchmarks/pictures.py      # writes docs/images/attention.png
+    python benchmarks/pictures.py      # writes docs/images/attention.png and neighbors.png
+
+Attention: photos, and over each the map of every head, as `/attention` draws them. Neighbors: the first test photo of
+each of six classes of clothing10, in the order of the file, and the six most similar of its training photos.
 
 The page's screenshots are made by its browser tests: `PATCHSIGHT_SCREENSHOTS=docs/images pytest tests/browser`.
 """
 
 import io
 
-from measure import ROOT
+import numpy as np
+import torch
+from measure import DATA, ROOT
 from PIL import Image, ImageDraw, ImageFont
 
-from patchsight_serve.decode import fit, open_rgb
+from patchsight_serve.dataset import Dataset
+from patchsight_serve.decode import decode, fit, open_rgb
+from patchsight_serve.embedder import LocalEmbedder
+from patchsight_serve.encoder import Encoder, default_name
 from patchsight_serve.heatmap import overlay, shown_crop
+from patchsight_serve.labelled import embed_labelled, read_labelled
+from patchsight_serve.manifest import Transform
+from patchsight_serve.protocol import Rows
 from patchsight_serve.repository import load_encoders
+from patchsight_train.judge.sheets import one_of_each
+from patchsight_train.pictures import neighbor_sheet
 
 PHOTOS = ("shoes", "dress")
 TILE, GAP, LABEL = 224, 12, 28  # pixels
+SHOWN = 6  # neighbors
 
 
 def main() -> None:
-    encoder = next(iter(load_encoders(ROOT / "model_repository").values()))
+    encoders = load_encoders(ROOT / "model_repository")
+    encoder = encoders[default_name(encoders)]
+    attention(encoder)
+    neighbors(encoder)
+
+
+def neighbors(encoder: Encoder) -> None:
+    train, test = (read_labelled(str(DATA / "clothing10" / f"{side}.parquet")) for side in ("train", "test"))
+    gallery, queries = (embed_labelled(side, LocalEmbedder(encoder)) for side in (train, test))
+    chosen = one_of_each(torch.tensor(queries.labels), torch.arange(len(queries.labels)))
+    similarity, rows = Rows(gallery.vectors).search(queries.vectors[chosen], SHOWN)
+    names = train.class_names or []
+    sheet = neighbor_sheet(
+        thumbnails(test, chosen), torch.stack([thumbnails(train, row.tolist()) for row in rows]),
+        torch.from_numpy(similarity), [names[queries.labels[i]] for i in chosen],
+        [[names[gallery.labels[i]] for i in row] for row in rows],
+    )  # fmt: skip
+    sheet.save(ROOT / "docs" / "images" / "neighbors.png", optimize=True)
+
+
+def thumbnails(dataset: Dataset, rows: list[int]) -> torch.Tensor:
+    """float32 `(n, 3, 128, 128)` in 0..1. No photo of this set fails to decode, so rows are those of the vectors."""
+    pixels = [decode(dataset.read(i), Transform(resize=128, crop=128)) for i in rows]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255
+
+
+def attention(encoder: Encoder) -> None:
     transform, grid = encoder.manifest.transform, encoder.manifest.outputs["attention"][-1]
     heads = encoder.manifest.num_heads or 0
     names = ["what it sees", "mean", *(f"head {i}" for i in range(heads))]

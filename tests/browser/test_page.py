@@ -139,7 +139,7 @@ def names(visit: Visit) -> list[str]:
 
 def test_first_visit_in_both_themes_and_on_a_phone(browser: Browser, url: str) -> None:
     """Who comes empty-handed sees a sample: attention, neighbors with labels, a vote, and what the encoder is."""
-    manifest = httpx.get(f"{url}/encoders").json()["encoders"][0]["manifest"]
+    manifest = next(e for e in httpx.get(f"{url}/encoders").json()["encoders"] if e["default"])["manifest"]
     for name, viewport, scheme in (
         ("page", DESKTOP, "light"), ("page-dark", DESKTOP, "dark"), ("page-phone", PHONE, "light"),
     ):  # fmt: skip

@@ -56,7 +56,7 @@ def test_printed_answers(url: str, readme_answers: list[str]) -> None:
     """The answers that the README prints are the answers (shortened by `…`): same encoder, same ids, same scores."""
     photo = (ROOT / "docs" / "images" / "shoes.jpg").read_bytes()
     embedded, neighbors = readme_answers
-    encoder = httpx.get(f"{url}/encoders").json()["encoders"][0]
+    encoder = next(e for e in httpx.get(f"{url}/encoders").json()["encoders"] if e["default"])
     assert encoder["sha256"] in embedded
     actual = httpx.post(f"{url}/neighbors", content=photo, params={"k": 3, "vote": True}).json()
     for neighbor in actual["neighbors"]:
