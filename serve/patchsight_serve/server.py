@@ -57,8 +57,9 @@ def serve(settings: ServeSettings) -> None:
     encoders = load_encoders(settings.model_repository, settings.threads)
     for encoder in encoders.values():
         m = encoder.manifest
+        (numbers,) = m.outputs[f"{m.recommended}_embedding"]
         logger.info(
-            "encoder %s: %s %s, %d dimensions, sha256 %.12s, trained on %s; license: %s",
-            m.name, m.objective, m.architecture, m.embedding_dim, m.sha256, m.data, m.license,
+            "encoder %s: %s %s, embeddings of %d numbers, sha256 %.12s, trained on %s; license: %s",
+            m.name, m.objective, m.architecture, numbers, m.sha256, m.data, m.license,
         )  # fmt: skip
     Server(create_app(encoders, settings), settings).run()

@@ -20,7 +20,8 @@ from patchsight_serve.dataset import read_dataset
 from patchsight_serve.sample_gallery import SAMPLES
 
 MODELS = Path(__file__).resolve().parents[2] / "model_repository"
-SCREENSHOTS = os.environ.get("PATCHSIGHT_SCREENSHOTS")  # read now: tests run without the person's own variables
+# Read now: tests run in a folder of their own, without the person's variables.
+SCREENSHOTS = Path(os.environ["PATCHSIGHT_SCREENSHOTS"]).resolve() if "PATCHSIGHT_SCREENSHOTS" in os.environ else None
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -102,7 +103,7 @@ class Visit:
         if SCREENSHOTS:
             self.page.mouse.move(0, 0)
             self.page.wait_for_timeout(500)  # transitions
-            self.page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png", full_page=full_page)
+            self.page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=full_page)
 
     def end(self, allowed: str | None = None) -> None:
         """Leave. Nothing was asked of anybody else, and the console has no complaint but `allowed`."""
@@ -150,6 +151,7 @@ def test_first_visit_in_both_themes_and_on_a_phone(browser: Browser, url: str) -
             assert re.fullmatch(r"[a-z-]+\s+[01]\.\d{3}", text)
         expect(page.locator("#vote")).to_contain_text(re.compile(r"The 12 nearest say [a-z-]+, with \d+ % of the vote"))
         expect(page.locator("#card")).to_contain_text(manifest["architecture"])
+        expect(page.locator("#card")).to_contain_text("256 numbers")  # CLS and mean side by side
         expect(page.locator("#card")).to_contain_text(manifest["license"])
         expect(page.locator("#embed-time")).to_have_text(re.compile(r"decode [\d.]+ ms · queue .* · infer .*"))
         assert visit.pixels()[..., :3].std() > 10

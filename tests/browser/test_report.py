@@ -19,7 +19,8 @@ from patchsight_serve.dataset import read_dataset
 from patchsight_serve.sample_gallery import SAMPLES
 from patchsight_train.report import write_report
 
-SCREENSHOTS = os.environ.get("PATCHSIGHT_SCREENSHOTS")  # read now: tests run without the person's own variables
+# Read now: tests run in a folder of their own, without the person's variables.
+SCREENSHOTS = Path(os.environ["PATCHSIGHT_SCREENSHOTS"]).resolve() if "PATCHSIGHT_SCREENSHOTS" in os.environ else None
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 VIEWPORTS = {
     "phone": ViewportSize(width=320, height=640),
@@ -118,7 +119,7 @@ class Visit:
 
     def screenshot(self, name: str) -> None:
         if SCREENSHOTS:
-            self.page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png", full_page=True)
+            self.page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
 
     def end(self) -> None:
         assert (self.strangers, self.problems) == ([], [])

@@ -14,12 +14,12 @@ export function choose(encoder) {
   $("encoder").replaceChildren(
     ...app.encoders.map(({ name }) => el("option", { value: name, textContent: name, selected: name === encoder.name })),
   );
-  const { objective, architecture, parameters, embedding_dim, data, license, measured } = encoder.manifest;
+  const { objective, architecture, parameters, embedding_dim, recommended, data, license, measured } = encoder.manifest;
   const knn = Object.entries(measured).filter(([, m]) => m?.headline?.accuracy);
   const facts = [
     ["Objective", OBJECTIVES[objective] ?? objective],
     ["Architecture", `${architecture}, ${(parameters / 1e6).toFixed(1)} M parameters`],
-    ["Embedding", `${embedding_dim} numbers`],
+    ["Embedding", `${embedding_dim * (recommended === "both" ? 2 : 1)} numbers`],
     ...knn.map(([name, m]) => [`${m.headline.k}-NN`, `${percent(m.headline.accuracy, 1)} (${name})`]),
     ["Data", data],
     ["License", license],
