@@ -64,7 +64,7 @@ def test_a_process_serves_and_leaves(start: Start, tiny_bundle: Path, png: bytes
     log = Path("log").read_text()
     assert "very-secret" not in log
     assert "max_batch = 32" in log
-    assert f"encoder tiny: none tiny, 8 dimensions, sha256 {encoder.manifest.sha256[:12]}" in log
+    assert f"encoder tiny: none tiny, embeddings of 8 numbers, sha256 {encoder.manifest.sha256[:12]}" in log
     assert "license: CC0-1.0" in log
     assert "Traceback" not in log
 
