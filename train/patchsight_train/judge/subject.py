@@ -108,7 +108,9 @@ def _described(source: Path, encoder: Encoder) -> tuple[str, str]:
         data = config.get("dataset") or ", ".join(map(str, config.get("data", [])))
         return recommended_pooling(config, encoder.config), str(data)
     manifest = load_manifest(source)
-    return manifest.recommended, manifest.data
+    whitened = manifest.recipe.startswith("# embeddings whitened")
+    note = "; as trained, without the whitening that its graph ends with" if whitened else ""
+    return manifest.recommended, manifest.data + note
 
 
 def _of_embeddings(settings: EvalSettings) -> Subject:
