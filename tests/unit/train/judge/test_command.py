@@ -115,6 +115,17 @@ def test_several_sources_stand_side_by_side(run: Path, sides: tuple[Path, Path],
     assert "Side by side" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_a_whitened_bundle_is_judged_as_it_was_trained_and_that_is_said(
+    sides: tuple[Path, Path], tmp_path: Path
+) -> None:
+    bundle = Path(__file__).resolve().parents[4] / "model_repository" / "simclr-vit-cifar10-whitened"
+    result = judged(tmp_path / "out", "--source", bundle, "--train", sides[0], "--test", sides[1])
+    (encoder,) = result["encoders"]
+    assert encoder["recommended"] == "both"
+    assert set(encoder["knn"]) == {"cls", "mean", "both"}
+    assert encoder["about"]["trained on"].endswith("without the whitening that its graph ends with")
+
+
 def test_two_sources_of_one_name_are_refused(
     run: Path, sides: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
