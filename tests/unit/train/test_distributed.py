@@ -54,7 +54,7 @@ def two_steps(chosen: dict[str, Any], objective: str) -> dict[str, Tensor]:
     torch.manual_seed(0)
     updater = Updater(stirred(build(settings)), settings, CPU, torch.float32, 10, 5)
     # AdamW divides each gradient by its own size, rounding too.
-    updater.optimizer = torch.optim.SGD([{"params": updater.objective.parameters(), "decays": False}])  # type: ignore[assignment]
+    updater.optimizer = torch.optim.SGD([{"params": updater.objective.parameters(), "decays": False, "scale": 1.0}])  # type: ignore[assignment]
     images = torch.randint(0, 256, (B, 3, 20, 24), dtype=torch.uint8, generator=Generator().manual_seed(5))
     found: dict[str, Tensor] = {}
     for step in (3, 4):
