@@ -64,13 +64,21 @@ def match_names(gallery: list[str], queries: list[str]) -> I64:
 
 
 def embed_labelled(dataset: Dataset, embedder: Embedder, advance: Callable[[], None] = lambda: None) -> Embedded:
-    """Embed all images of a labelled dataset; one that cannot be read is left out and listed.
+    """Embed all images of a labelled dataset, to unit vectors. advance, and raises: as `embed_rows`."""
+    assert dataset.labels is not None
+    rows, vectors, skipped = embed_rows(dataset, embedder, advance)
+    return Embedded([dataset.names[i] for i in rows], dataset.labels[rows], normalize(vectors), skipped)
+
+
+def embed_rows(
+    dataset: Dataset, embedder: Embedder, advance: Callable[[], None] = lambda: None
+) -> tuple[list[int], F32, list[tuple[str, str]]]:
+    """The rows that could be read, their vectors float32 `(M, D)` as they are, and name and reason of each other one.
 
     advance: called after each image.
 
     Raises InvalidRequest if none can be read; PatchsightError, with its name, for an embedding without direction.
     """
-    assert dataset.labels is not None
     rows: list[int] = []
     vectors: list[F32] = []
     skipped: list[tuple[str, str]] = []
@@ -86,4 +94,4 @@ def embed_labelled(dataset: Dataset, embedder: Embedder, advance: Callable[[], N
     if not rows:
         name, reason = skipped[0]
         raise InvalidRequest(f"none of {len(dataset)} images can be read; {name}: {reason}")
-    return Embedded([dataset.names[i] for i in rows], dataset.labels[rows], normalize(np.stack(vectors)), skipped)
+    return rows, np.stack(vectors), skipped

@@ -44,8 +44,9 @@ def run(settings: EvalSettings) -> list[dict[str, Any]]:
 def _write(settings: EvalSettings, judged: list[tuple[Judgement, dict[str, bytes]]]) -> None:
     """Everything so far: a source that fails later takes nothing away."""
     points = read_points([source for source in settings.source if (source / "metrics.jsonl").is_file()])
+    code = commit()
     results = {
-        "train": settings.train, "test": settings.test, "seed": settings.seed, "commit": commit(),
+        "train": settings.train, "test": settings.test, "seed": settings.seed, "commit": code,
         "encoders": [_finite(judgement.numbers) for judgement, _ in judged],
         "label_free_rank_correlation": _finite(rank_correlations(points)),
     }  # fmt: skip
@@ -56,7 +57,7 @@ def _write(settings: EvalSettings, judged: list[tuple[Judgement, dict[str, bytes
     for name, png in pictures.items():
         (folder / f"{name}.png").write_bytes(png)
     names = [Path(side).parent.name + "/" + Path(side).name for side in (settings.train, settings.test)]
-    write_page(render(judged, names[0], names[1], commit(), points), settings.out / "report.html")
+    write_page(render(judged, names[0], names[1], code, points), settings.out / "report.html")
 
 
 def _finite(value: Any) -> Any:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from patchsight_serve.dataset import Dataset
 from patchsight_serve.decode import decode
-from patchsight_serve.embedder import batches, embed_dataset
-from patchsight_serve.errors import InvalidRequest, PatchsightError
+from patchsight_serve.embedder import batches
+from patchsight_serve.errors import PatchsightError
 from patchsight_serve.item import Identity
+from patchsight_serve.labelled import embed_rows
 from patchsight_serve.nearest import F32
 from patchsight_train.data import decoders, eval_transform, look_ahead
 from patchsight_train.encoder import Encoder, pool, side_by_side
@@ -64,7 +65,7 @@ def features(encoder: Encoder, pixels: Tensor) -> dict[str, Tensor]:
 
 
 class TorchEmbedder:
-    """An encoder of torch as the `Embedder` that `embed_dataset` asks: every kind of an image in one vector, `split`
+    """An encoder of torch as the `Embedder` that `embed_rows` asks: every kind of an image in one vector, `split`
     afterwards. The next batches are decoded while one is encoded."""
 
     def __init__(self, encoder: Encoder, name: str, device: torch.device) -> None:
@@ -111,20 +112,8 @@ def embed_side(dataset: Dataset, embedder: TorchEmbedder, advance: Callable[[], 
         PatchsightError: an embedding is not finite, or has length 0; the image is named.
     """
     assert dataset.labels is not None
-    rows, vectors, skipped = [], [], []
-    for i, result in enumerate(embed_dataset(dataset, embedder)):
-        if isinstance(result, PatchsightError):
-            skipped.append((dataset.names[i], result.message))
-        elif not np.isfinite(result).all():
-            raise PatchsightError(f"the embedding of {dataset.names[i]} holds NaN or infinity")
-        else:
-            rows.append(i)
-            vectors.append(result)
-        advance()
-    if not rows:
-        name, reason = skipped[0]
-        raise InvalidRequest(f"none of {len(dataset)} images can be read; {name}: {reason}")
-    kinds = embedder.split(torch.from_numpy(np.stack(vectors)))
+    rows, vectors, skipped = embed_rows(dataset, embedder, advance)
+    kinds = embedder.split(torch.from_numpy(vectors))
     for kind, z in kinds.items():
         empty = (z == 0).all(dim=1).nonzero()
         if len(empty):

@@ -1,4 +1,4 @@
-"""Everything that is measured of one subject, as plain numbers for result.json; `panels` draws what they came from."""
+"""Everything that is measured of one subject, as plain numbers for result.json; `sheets` draws what they came from."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from patchsight_serve.protocol import Figures, evaluate, few_shot, wilson
 from patchsight_train.data import draw
 from patchsight_train.encoder import Encoder
 from patchsight_train.judge import robustness
+from patchsight_train.judge.confusion import confusion
 from patchsight_train.judge.dimension import intrinsic_dimension
 from patchsight_train.judge.features import features
 from patchsight_train.judge.heads import Probed, probe_heads, steps_for
@@ -44,6 +45,16 @@ class Judgement:
     @property
     def headline(self) -> Figures:
         return self.figures[self.subject.recommended]
+
+    @property
+    def predicted(self) -> Tensor:
+        """Classes of the test images by the headline's vote, int64 `(Q,)`."""
+        return torch.from_numpy(self.headline.predictions[self.headline.headline])
+
+    @property
+    def confusion(self) -> Tensor:
+        """int64 `(C, C)`: true classes in rows, predicted ones in columns."""
+        return confusion(self.subject.test.labels, self.predicted, len(self.subject.class_names))
 
 
 def judge(subject: Subject, settings: EvalSettings, device: torch.device, progress: Progress) -> Judgement:

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-import torch
-
-from patchsight_train.judge.confusion import confusion, most_confused
+from patchsight_train.judge.confusion import most_confused
 from patchsight_train.judge.judgement import Judgement
 from patchsight_train.judge.ranking import FEWEST, Point, ranking_chart
 from patchsight_train.judge.robustness import robustness_chart
@@ -118,10 +116,8 @@ def _heads(linear: dict[str, Any]) -> str:
 
 
 def _confused(judgement: Judgement) -> str:
-    subject = judgement.subject
-    predicted = torch.from_numpy(judgement.headline.predictions[judgement.headline.headline])
-    counts = confusion(subject.test.labels, predicted, len(subject.class_names))
-    rows = [[a, b, f"{n:,} of {of:,}"] for a, b, n, of in most_confused(counts, subject.class_names)]
+    confused = most_confused(judgement.confusion, judgement.subject.class_names)
+    rows = [[a, b, f"{n:,} of {of:,}"] for a, b, n, of in confused]
     return table(["class", "taken for", "images"], rows) if rows else "<p>Nothing: all were told rightly.</p>"
 
 

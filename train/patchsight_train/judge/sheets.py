@@ -15,7 +15,7 @@ from patchsight_serve.nearest import normalize
 from patchsight_serve.protocol import Rows
 from patchsight_train.data import draw
 from patchsight_train.evaluation import cls_attention
-from patchsight_train.judge.confusion import confusion, confusion_chart
+from patchsight_train.judge.confusion import confusion_chart
 from patchsight_train.judge.judgement import Judgement
 from patchsight_train.judge.plane import MOST, atlas, chosen_for_atlas, project, scatter
 from patchsight_train.judge.units import class_information, unit_sheet
@@ -60,9 +60,8 @@ def neighbors(judgement: Judgement, right: bool) -> Image | None:
     subject = judgement.subject
     if subject.train_pictures is None or subject.test_pictures is None:
         return None
-    predicted = torch.from_numpy(judgement.headline.predictions[judgement.headline.headline])
     labels, names = subject.test.labels, subject.class_names
-    chosen = one_of_each(labels, ((predicted == labels) == right).nonzero().squeeze(1))
+    chosen = one_of_each(labels, ((judgement.predicted == labels) == right).nonzero().squeeze(1))
     if not chosen:
         return None
     kind = subject.recommended
@@ -87,10 +86,7 @@ def one_of_each(labels: Tensor, rows: Tensor, count: int = SHOWN) -> list[int]:
 
 
 def confusions(judgement: Judgement) -> Figure:
-    subject = judgement.subject
-    predicted = torch.from_numpy(judgement.headline.predictions[judgement.headline.headline])
-    counts = confusion(subject.test.labels, predicted, len(subject.class_names))
-    return confusion_chart(counts, subject.class_names)
+    return confusion_chart(judgement.confusion, judgement.subject.class_names)
 
 
 def plane(judgement: Judgement) -> tuple[Tensor, np.ndarray] | None:
