@@ -1,21 +1,15 @@
 """`patchsight-train OBJECTIVE --data …`: parse, wire, run. Under `torchrun` on several devices."""
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from patchsight_serve.config import fail
 from patchsight_serve.errors import PatchsightError
 from patchsight_train.objective_settings import SETTINGS
 from patchsight_train.settings import TrainSettings
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 SAMPLE = 2048  # images that the label-free measures look at
-PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 USAGE = """usage: patchsight-train OBJECTIVE --data SOURCE [settings]
 
   simclr            contrastive learning, arXiv:2002.05709
@@ -53,31 +47,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(settings: TrainSettings) -> Path:
     """Run, or resume, what `settings` describe; gives the run folder."""
     import torch  # after parsing, so that --help and mistakes answer at once
-    from rich.console import Console
 
     from patchsight_train import distributed
     from patchsight_train.build import build
     from patchsight_train.data import sample_images
     from patchsight_train.defaults import fill
-    from patchsight_train.device import pick_device
     from patchsight_train.evaluation import Evaluation
     from patchsight_train.hazards import explained
     from patchsight_train.initial import initialize
     from patchsight_train.loop import Trainer
+    from patchsight_train.opening import PLAIN, announce, begin
     from patchsight_train.probe import load_probe
     from patchsight_train.run import config_of, open_run
     from patchsight_train.stream import open_images
 
     run = settings.run or Path("runs") / settings.objective
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    device = pick_device(settings.device)
-    distributed.start(device)
-    leader = distributed.rank() == 0
-    console = Console() if leader else Console(file=open(os.devnull, "w"))  # noqa: SIM115, PTH123 - until the process ends
+    device, leader, console = begin(settings)
     with explained(run):
         settings, picked = fill(settings, run, device)
-        _announce(console, run, settings, picked)
+        announce(console, f"patchsight-train {settings.objective}", run, settings, picked)
         images = open_images(settings.data, settings.pixels_kept, settings.limit, console, settings.resident)
         probe = evaluation = None
         if settings.knn_every and leader:
@@ -98,13 +86,6 @@ def train(settings: TrainSettings) -> Path:
         trainer.train()
     distributed.stop()
     return run
-
-
-def _announce(console: "Console", run: Path, settings: TrainSettings, picked: list[str]) -> None:
-    """What runs, with which settings, and why those that nobody gave."""
-    console.print(f"patchsight-train {settings.objective} → {run}\n{settings.describe()}", **PLAIN)
-    if picked:
-        console.print("\n".join(["picked:", *(f"  {line}" for line in picked)]), **PLAIN)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """`patchsight-finetune --init SOURCE --data TRAIN --test TEST`: parse, wire, run. On several devices by `torchrun`."""
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from patchsight_serve.config import fail
 from patchsight_serve.errors import PatchsightError
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
 PROG = "patchsight-finetune"
 SHOWN = 512  # training images that pictures are made of
-PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -34,35 +32,26 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def finetune(settings: FineTuneSettings) -> Path:
     """Run, or resume, what `settings` describe; gives the run folder, with `result.json`."""
-    import torch  # after parsing, so that --help and mistakes answer at once
-    from rich.console import Console
-
-    from patchsight_train import distributed
-    from patchsight_train.device import pick_device
+    from patchsight_train import distributed  # torch: after parsing, so that --help and mistakes answer at once
     from patchsight_train.finetune_defaults import fill
     from patchsight_train.finetune_loop import FineTuner, Validation, sample
     from patchsight_train.finetune_result import conclude
     from patchsight_train.hazards import explained
     from patchsight_train.labelled import open_judging, open_training
+    from patchsight_train.opening import announce, begin
     from patchsight_train.run import config_of, open_run
     from patchsight_train.stopwatch import Stopwatch
 
     run = settings.run or Path("runs") / settings.objective
     stopwatch = Stopwatch(run)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    device = pick_device(settings.device)
-    distributed.start(device)
-    leader = distributed.rank() == 0
-    console = Console() if leader else Console(file=open(os.devnull, "w"))  # noqa: SIM115, PTH123 - until the process ends
+    device, leader, console = begin(settings)
     with explained(run):
         every = open_training(settings.data, settings.limit)
         train = every.drawn(settings.labels, settings.seed)
         test = open_judging(settings.test, "--test", every)
         val = open_judging(settings.val, "--val", every) if settings.val else None
         settings, picked = fill(settings, len(train.rows), run, device)
-        console.print(f"{PROG} → {run}\n{settings.describe()}", **PLAIN)
-        console.print("\n".join(["picked:", *(f"  {line}" for line in picked)]), **PLAIN)
+        announce(console, PROG, run, settings, picked)
         _count(console, every, train, test)
         images = train.decode(settings.pixels_kept, console)
         queries = test.decode(settings.image_size, console)
@@ -87,6 +76,7 @@ def _classification(settings: FineTuneSettings, classes: int, run: Path, console
     from patchsight_train.build import build_encoder
     from patchsight_train.classification import Classification
     from patchsight_train.initial import initialize
+    from patchsight_train.opening import PLAIN
 
     torch.manual_seed(settings.seed)
     objective = Classification(build_encoder(settings.architecture), classes, settings)
@@ -99,6 +89,8 @@ def _classification(settings: FineTuneSettings, classes: int, run: Path, console
 def _count(console: "Console", every: "Labelled", train: "Labelled", test: "Labelled") -> None:
     """How many labels there are, and which test images cannot be classified rightly."""
     import torch
+
+    from patchsight_train.opening import PLAIN
 
     classes, counts = torch.unique(train.labels, return_counts=True)
     least, most = int(counts.min()), int(counts.max())

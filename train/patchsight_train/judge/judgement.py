@@ -33,12 +33,11 @@ GALLERY = 10_000
 
 @dataclass(frozen=True)
 class Judgement:
-    """figures: k-NN by kind of embedding. probed: the linear heads. disturbed: robustness; empty without pictures or
+    """figures: k-NN by kind of embedding. disturbed: robustness; empty without pictures or
     encoder. numbers: all of it for result.json."""
 
     subject: Subject
     figures: dict[str, Figures]
-    probed: Probed
     disturbed: list[Robustness]
     numbers: dict[str, Any]
 
@@ -84,7 +83,7 @@ def judge(subject: Subject, settings: EvalSettings, device: torch.device, progre
         "representation": representation(test.kinds[subject.recommended], test.labels),
         "robustness": [vars(row) for row in disturbed],
     }  # fmt: skip
-    return Judgement(subject, figures, probed, disturbed, numbers)
+    return Judgement(subject, figures, disturbed, numbers)
 
 
 def representation(z: Tensor, labels: Tensor) -> dict[str, float]:
