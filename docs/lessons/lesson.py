@@ -22,6 +22,7 @@ from torch import Tensor
 
 from patchsight_train.build import build
 from patchsight_train.data import Images, load_images
+from patchsight_train.device import pick_precision
 from patchsight_train.linear import linear_probe
 from patchsight_train.objective import Objective
 from patchsight_train.objective_settings import SETTINGS
@@ -70,7 +71,7 @@ def learn(objective: Objective, chosen: TrainSettings, images: Images) -> list[d
     B = chosen.batch_size
     per_epoch = len(images) // B
     total = chosen.epochs * per_epoch
-    dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    dtype = pick_precision("auto", CPU)
     updater = Updater(objective.train(), chosen, CPU, dtype, total, per_epoch)
     log = []
     for step in range(total):

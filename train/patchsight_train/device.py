@@ -1,5 +1,7 @@
 """Where and in which precision to compute."""
 
+import platform
+
 import torch
 
 from patchsight_serve.errors import InvalidRequest
@@ -28,4 +30,11 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if name == "bf16" else torch.float32
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    return torch.bfloat16 if _cpu_computes_bf16() else torch.float32
+
+
+def _cpu_computes_bf16() -> bool:
+    """In hardware: oneDNN also says that it can where it emulates, which is slower than fp32 (docs/decisions.md)."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

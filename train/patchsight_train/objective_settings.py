@@ -60,7 +60,9 @@ class SimCLRSettings(TrainSettings):
 
     objective = "simclr"
     temperature: Annotated[float, Field(gt=0)] = Field(0.2, description="of NT-Xent; 0.5 suits ResNets, 0.2 ViTs")
-    projection_layers: Literal[2, 3] = Field(2, description="2 in the paper, 3 in its second version")
+    projection_layers: Annotated[int, Field(ge=2, le=3)] = Field(
+        2, description="2 in the paper, 3 in its second version"
+    )
     projection_hidden: Positive = 2048
     projection_width: Positive = 128
     crop_scale: CropScale = Field((0.08, 1.0), description="least and largest share of the area")
