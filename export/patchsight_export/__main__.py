@@ -48,6 +48,7 @@ def export(settings: ExportSettings) -> None:
 
     from rich.console import Console
 
+    from patchsight_export.half_weights import round_to_half, store_half
     from patchsight_export.source import read_run  # torch: after what can fail without it
     from patchsight_export.to_onnx import served, to_onnx, with_metadata
     from patchsight_export.verify import noise, photos, verify
@@ -56,14 +57,23 @@ def export(settings: ExportSettings) -> None:
     source, whiten, both = read_run(settings.source, settings.step), None, settings.recommend == "both"
     if settings.recommend is not None:
         source = source.recommending(settings.recommend)
+    if settings.weights == "fp16":  # before the whitening, which is learned from what is served
+        round_to_half(source.encoder)
+        source = source.noted("weights rounded to fp16")
     if settings.whiten is not None:
         whiten, count = learn_whitening(source.encoder, settings.whiten, Console(), both)
         told = f"ZCA, shrinkage {SHRINKAGE}, by {count:,} images of {Path(settings.whiten).name}"
+        if settings.weights == "fp16":
+            for each in whiten.values():
+                round_to_half(each)
         source = source.noted(f"embeddings whitened: {told}")
     draft = source.manifest(settings.bundle.name, sha256="0" * 64)
     print(f"{draft.objective}, {draft.architecture}: {draft.parameters / 1e6:.2f} M parameters, step {source.step:,}")
     module, size = served(source.encoder, whiten, both), draft.transform.crop
-    model = with_metadata(to_onnx(module, size, tuple(draft.outputs), settings.opset), draft.metadata())
+    graph = to_onnx(module, size, tuple(draft.outputs), settings.opset)
+    if settings.weights == "fp16":
+        store_half(graph)
+    model = with_metadata(graph, draft.metadata())
     pictures = {"noise": noise(size), "photos": photos(draft.transform)}
     print("\n".join(verdict(verify(model, module, draft.outputs, pictures), list(draft.outputs))))
     manifest = source.manifest(settings.bundle.name, hashlib.sha256(model).hexdigest())

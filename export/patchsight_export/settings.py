@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic_settings import CliPositionalArg, SettingsConfigDict
 
-from patchsight_serve.config import CommandSettings
+from patchsight_serve.config import CommandSettings, number
 
 
 class ExportSettings(CommandSettings):
@@ -29,5 +29,10 @@ class ExportSettings(CommandSettings):
         description="embedding to recommend; both: CLS and mean side by side, the best one where whitened "
         "(default: the objective's)",
     )
+    weights: Literal["fp32", "fp16"] = Field(
+        "fp32", description="as stored in the file; fp16 halves it, computed is in fp32 all the same"
+    )
     step: Annotated[int, Field(ge=1)] | None = Field(None, description="checkpoint to export (default: the newest)")
-    opset: Literal[18, 23] = Field(23, description="of ONNX; 18 for runtimes that have no Attention operator yet")
+    opset: Annotated[Literal[18, 23], BeforeValidator(number)] = Field(
+        23, description="of ONNX; 18 for runtimes that have no Attention operator yet"
+    )

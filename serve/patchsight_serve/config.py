@@ -61,6 +61,12 @@ class CommandSettings(BaseSettings):
         return "\n".join(f"  {name} = {getattr(self, name)!s}" for name in fields if name != "config")
 
 
+def number(value: Any) -> Any:
+    """A command line's or variable's digits as an int, for fields of a few allowed numbers: pydantic compares those
+    with the text as it is."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 def fail(prog: str, message: str, status: int = 2) -> NoReturn:
     """Say what is wrong on stderr and exit: status 2 for usage, 1 for a failure of the work itself."""
     print(f"{prog}: error: {message}", file=sys.stderr)

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from patchsight_serve.config import number
 from patchsight_train.settings import CropScale, MultiCrop, NonNegative, Positive, Share, TrainSettings, ViTOnly
 
 
@@ -60,7 +61,7 @@ class SimCLRSettings(TrainSettings):
 
     objective = "simclr"
     temperature: Annotated[float, Field(gt=0)] = Field(0.2, description="of NT-Xent; 0.5 suits ResNets, 0.2 ViTs")
-    projection_layers: Annotated[int, Field(ge=2, le=3)] = Field(
+    projection_layers: Annotated[Literal[2, 3], BeforeValidator(number)] = Field(
         2, description="2 in the paper, 3 in its second version"
     )
     projection_hidden: Positive = 2048

@@ -114,6 +114,14 @@ def test_another_embedding_can_be_recommended(
     assert not (tmp_path / "repository" / "y").exists()
 
 
+def test_an_opset_is_chosen_on_the_command_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(run), str(tmp_path / "repository" / "x"), "--opset", "18"])
+    assert onnx.load(tmp_path / "repository" / "x" / "1" / "model.onnx").opset_import[0].version == 18
+    assert "Input should be 18 or 23 (got 'new')" in fails(
+        [str(run), str(tmp_path / "repository" / "y"), "--opset", "new"], capsys, status=2
+    )
+
+
 def test_mistakes_write_nothing(run: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = str(tmp_path / "repository" / "x")
     assert "not a run folder" in fails([str(tmp_path), target], capsys)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from patchsight_train.architecture import ResNetConfig, ViTConfig
 from patchsight_train.build import build, build_encoder
-from patchsight_train.machine import Machine, passes, this_machine, views_per_s
+from patchsight_train.machine import Machine, _best, passes, this_machine, views_per_s
 from patchsight_train.objective import When
 from patchsight_train.objective_settings import SETTINGS
 from patchsight_train.randomness import Randomness
@@ -104,3 +104,10 @@ def test_speed_is_of_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("patchsight_train.machine.build_encoder", lambda _: Spy())
     views_per_s(ViTConfig(), CPU, torch.float32)
     assert seen
+
+
+def test_a_slow_first_pass_does_not_count() -> None:
+    """A GPU sets up its kernels in the first one: longer than the whole measurement may take."""
+    now = iter([0.0, 10.0, *(10.0 + 0.1 * i for i in range(1, 100))])  # seconds: the first pass takes ten
+    seconds = _best(nn.Flatten(), torch.ones(2, 3, requires_grad=True), torch.float32, lambda: next(now))
+    assert seconds == pytest.approx(0.1)

@@ -5,7 +5,7 @@ import pytest
 from pydantic import ValidationError
 
 from patchsight_train.architecture import ResNetConfig, ViTConfig
-from patchsight_train.objective_settings import SETTINGS
+from patchsight_train.objective_settings import SETTINGS, SimCLRSettings
 from patchsight_train.settings import MultiCrop, TrainSettings
 
 MULTI_CROP = sorted(name for name, settings in SETTINGS.items() if issubclass(settings, MultiCrop))
@@ -57,6 +57,12 @@ def test_each_objective_has_its_own_name() -> None:
 def test_what_no_objective_can_use_is_refused(objective: str, values: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         chosen(objective, **values)
+
+
+def test_a_number_of_a_few_comes_from_the_command_line_too() -> None:
+    simclr = SETTINGS["simclr"].from_command_line("x", ["--data", "unread", "--projection-layers", "3"])
+    assert isinstance(simclr, SimCLRSettings)
+    assert simclr.projection_layers == 3
 
 
 @pytest.mark.parametrize("objective", ["distillation", "soft_targets"])
