@@ -5,22 +5,26 @@
 
 Protocols: DINO's k-NN, as `patchsight-knn`, and the linear heads of `patchsight-eval`. Rows: each bundle of
 `model_repository/` by both of its embeddings, and four that saw no training: raw pixels, their principal components,
-histograms of oriented gradients with coarse color, a ViT with random weights. Embeddings are kept in `runs/embeddings`,
-under the hashes of bundle and data, so that a second run only evaluates. Writes `benchmarks/results/encoders.json`
+histograms of oriented gradients with coarse color, a ViT with random weights. Writes `benchmarks/results/encoders.json`
 (`encoders_full.json`), and puts the tables into README and docs.
+
+Nothing is done twice: embeddings are kept in `runs/embeddings` under the hashes of bundle and data, and a row of the
+results stands as long as its bundle, its data and its number of images do, with the commit that measured it; a change
+of the protocol is a reason to delete the file. So a new bundle costs its own rows.
 """
 
 import hashlib
+import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from baselines import BASELINES
-from measure import DATA, ROOT, publish, save
+from measure import DATA, ROOT, commit, publish, save
 from rich.console import Console
 from rich.progress import track
 
@@ -45,9 +49,12 @@ F32 = np.ndarray
 
 
 class Row(NamedTuple):
-    """Accuracies, 0..1, by k; the 20-NN's interval; the linear probe's accuracy and interval."""
+    """What was judged, and the hash of all that it depends on. Accuracies, 0..1, by k; the 20-NN's interval; the linear
+    probe's accuracy and interval."""
 
     name: str
+    of: str
+    commit: str
     knn: dict[str, float]
     knn_interval_95: tuple[float, float]
     linear: float
@@ -98,7 +105,7 @@ def first(dataset: Dataset, count: int | None) -> Dataset:
     return Dataset(dataset.names[:count], dataset.labels[:count], dataset.class_names, dataset._content)
 
 
-def judged(name: str, gallery: F32, labels: np.ndarray, queries: F32, truth: np.ndarray) -> Row:
+def judged(name: str, of: str, gallery: F32, labels: np.ndarray, queries: F32, truth: np.ndarray) -> Row:
     """Both probes of features `(N, ·)` and `(Q, ·)`."""
     unit = normalize(gallery.astype(np.float32)), normalize(queries.astype(np.float32))
     figures = evaluate(unit[0], labels, unit[1], truth)
@@ -107,48 +114,70 @@ def judged(name: str, gallery: F32, labels: np.ndarray, queries: F32, truth: np.
     knn = {str(k): share for k, share in figures.accuracy.items()}
     linear = best.test, wilson(round(best.test * len(truth)), len(truth))
     print(f"  {name}: 20-NN {knn['20']:.4f}, linear {best.test:.4f}", file=sys.stderr, flush=True)
-    return Row(name, knn, figures.interval, *linear)
+    return Row(name, of, commit(), knn, figures.interval, *linear)
 
 
-def rows_of(data: str, most: tuple[int | None, int | None]) -> list[Row]:
-    """Every baseline and every shipped encoder on one data set, whole or its first images."""
+def rows_of(data: str, most: tuple[int | None, int | None], before: dict[str, Row]) -> Iterator[Row]:
+    """Every baseline and every shipped encoder on one data set, whole or its first images. before: rows by `of`."""
     print(data, file=sys.stderr)
     patterns = DATASETS[data]
     train, test = (first(read_dataset(DATA / p), n) for p, n in zip(patterns, most, strict=True))
     sides = list(zip((train, test), patterns, strict=True))
-    assert train.labels is not None
-    assert test.labels is not None
-    rows = []
-    small = [
-        kept(
-            f"32 px {hash_of(p)} {len(d)}",
-            lambda d=d: {"pixels": np.concatenate(list(pixels_of(d, 32, f"{data}, 32 px")))},  # type: ignore[misc]
-        )["pixels"]
-        for d, p in sides
-    ]
-    for name, features in BASELINES.items():
-        gallery, queries = features(*small)
-        rows.append(judged(name, gallery, train.labels, queries, test.labels))
+    images = " ".join(f"{hash_of(pattern)} {len(dataset)}" for dataset, pattern in sides)
+
+    def row(name: str, what: str, features: Callable[[], Sequence[F32]]) -> Row:
+        of = hashlib.sha256(f"{what} {images}".encode()).hexdigest()[:24]
+        if of in before:
+            return before[of]._replace(name=name)
+        assert train.labels is not None
+        assert test.labels is not None
+        gallery, queries = features()
+        return judged(name, of, gallery, train.labels, queries, test.labels)
+
+    def small() -> list[F32]:
+        return [
+            kept(
+                f"32 px {hash_of(p)} {len(d)}",
+                lambda d=d: {"pixels": np.concatenate(list(pixels_of(d, 32, f"{data}, 32 px")))},  # type: ignore[misc]
+            )["pixels"]
+            for d, p in sides
+        ]
+
+    for name, baseline in BASELINES.items():
+        yield row(name, name, lambda baseline=baseline: baseline(*small()))  # type: ignore[misc]
     for name, encoder in load_encoders(ROOT / "model_repository").items():
-        known, asked = (embedded(encoder, d, p, f"{data}, {name}") for d, p in sides)
-        for output in known:
+        for output in [o for o in encoder.manifest.outputs if o.endswith("_embedding")]:
             kind = output.removesuffix("_embedding")
             star = ", recommended" if kind == encoder.manifest.recommended else ""
-            rows.append(judged(f"{name} ({kind}{star})", known[output], train.labels, asked[output], test.labels))
-    return rows
+            yield row(
+                f"{name} ({kind}{star})",
+                f"{encoder.manifest.sha256} {output}",
+                lambda e=encoder, n=name, o=output: [embedded(e, d, p, f"{data}, {n}")[o] for d, p in sides],  # type: ignore[misc]
+            )
 
 
 def main() -> None:
     quick = "--quick" in sys.argv[1:]
-    start = time.monotonic()
-    rows = {data: rows_of(data, QUICK if quick else (None, None)) for data in DATASETS}
-    minutes = (time.monotonic() - start) / 60
-    figures = {data: [row._asdict() for row in found] for data, found in rows.items()}
-    save("encoders" if quick else "encoders_full", {"minutes": round(minutes, 1), **figures})
-    for title, text in (("encoders", headline(rows)), ("encoders_by_k", by_k(rows))):
+    results, most = ("encoders", QUICK) if quick else ("encoders_full", (None, None))
+    found, begun = read(results), time.monotonic()
+    before = {row.of: row for rows in found.values() for row in rows}
+    for data in DATASETS:
+        found[data] = list(rows_of(data, most, before))
+        new = sum(row.of not in before for rows in found.values() for row in rows)
+        minutes = round((time.monotonic() - begun) / 60, 1)
+        rows = {name: [row._asdict() for row in each] for name, each in found.items()}
+        save(results, {"last_run": {"minutes": minutes, "rows_measured": new}, **rows})
+    for title, text in (("encoders", headline(found)), ("encoders_by_k", by_k(found))):
         print(text)
         if quick:
             publish(title, text)
+
+
+def read(results: str) -> dict[str, list[Row]]:
+    """The rows of each data set that were found so far."""
+    path = ROOT / "benchmarks" / "results" / f"{results}.json"
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    return {data: [Row(**row) for row in record.get(data, [])] for data in DATASETS}
 
 
 def headline(rows: dict[str, list[Row]]) -> str:
