@@ -30,5 +30,10 @@ class Encoder(Protocol):
 
 def default_name(encoders: Mapping[str, Encoder]) -> str:
     """Which encoder is meant where none is named: the one that sees the largest pictures, as what people send are
-    photos; of equals the first."""
-    return max(encoders, key=lambda name: encoders[name].manifest.image_size)
+    photos; of those the one with the most parameters; of equals the first."""
+
+    def size(name: str) -> tuple[int, int]:
+        manifest = encoders[name].manifest
+        return manifest.image_size, manifest.parameters
+
+    return max(encoders, key=size)

@@ -77,6 +77,7 @@ def choose(settings: S, found: Survey, machine: Machine, start: EncoderConfig | 
     _stored(choice, found, machine)
     _stem(choice)
     _views(choice, machine)
+    _compile(choice, machine)
     _batch(choice, found, machine)
     _epochs(choice, found, machine)
     _rates(choice, found, machine)
@@ -180,6 +181,11 @@ def _views(choice: Choice, machine: Machine) -> None:
             choice.pick(f"half of {s.image_size} pixels shows nothing", local_crops=0)
         elif not machine.gpu:
             choice.pick("most of what 6 teach, for less time", local_crops=4)
+
+
+def _compile(choice: Choice, machine: Machine) -> None:
+    if machine.compiles and isinstance(choice.settings.architecture, ViTConfig):
+        choice.pick("1.4 times as fast on an H200, after half a minute", compile=True)
 
 
 def _batch(choice: Choice, found: Survey, machine: Machine) -> None:

@@ -21,8 +21,9 @@ class Encoder(nn.Module):
 
 
 def pool(tokens: Tensor, prefix_tokens: int, pooling: str) -> Tensor:
-    """Tokens `(N, T, D)` to `(N, D)`: the first, or the mean of those after the prefix."""
-    return tokens[:, 0] if pooling == "cls" else tokens[:, prefix_tokens:].mean(dim=1)
+    """Tokens `(N, T, D)` to `(N, D)`: the first, or the mean of those after the prefix. In memory of its own: a view
+    of the first would keep all the others."""
+    return tokens[:, 0].clone() if pooling == "cls" else tokens[:, prefix_tokens:].mean(dim=1)
 
 
 def side_by_side(cls: Tensor, mean: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What the device can do in how much time: measured for an encoder in a second, and reckoned for an objective."""
 
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Machine:
     free_memory: float
     views_per_s: Callable[[EncoderConfig], float]
     ranks: int = 1
+    compiles: bool = False  # torch.compile for the GPU needs a C compiler too
 
     @property
     def gpu(self) -> bool:
@@ -65,7 +67,8 @@ def this_machine(device: torch.device, settings: TrainSettings) -> Machine:
         threads = torch.get_num_threads()
         name, memory = f"{threads} CPU thread{'s' * (threads > 1)}", 0.0
     free = agreed(0.8 * min(available_memory(), 2.0**60) / ranks_here())  # infinity has no mean
-    return Machine(name, memory, free, speed, distributed.world())
+    compiles = device.type == "cuda" and any(shutil.which(compiler) for compiler in ("cc", "gcc", "clang"))
+    return Machine(name, memory, free, speed, distributed.world(), compiles)
 
 
 def views_per_s(config: EncoderConfig, device: torch.device, dtype: torch.dtype) -> float:

@@ -86,3 +86,12 @@ def test_the_encoder_that_sees_the_largest_pictures_is_the_default() -> None:
     encoders: dict[str, Encoder] = {name: FakeEncoder(name, image_size=size) for name, size in sizes.items()}
     assert default_name(encoders) == "b"
     assert default_name({"d": encoders["d"]}) == "d"
+
+
+def test_of_encoders_that_see_pictures_of_one_size_the_default_has_the_most_parameters() -> None:
+    encoders: dict[str, Encoder] = {}
+    for name, parameters in {"a": 5, "b": 9, "c": 9}.items():
+        fake = FakeEncoder(name, image_size=32)
+        fake.manifest = fake.manifest.model_copy(update={"parameters": parameters})
+        encoders[name] = fake
+    assert default_name(encoders) == "b"

@@ -2,6 +2,7 @@
 
 import io
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,16 @@ def test_what_is_given_stays_and_the_rest_adapts(objective: str, given: dict[str
     assert encoder.image_size % encoder.patch_size == encoder.width % encoder.heads == 0
     if not {"image_size", "patch_size"} <= given.keys():
         assert 4 <= encoder.grid <= 20
+
+
+@pytest.mark.parametrize(
+    ("given", "compiles", "expected"),
+    [({}, True, True), ({}, False, False), ({"compile": False}, True, False), ({"backbone": "resnet18"}, True, False)],
+)
+def test_blocks_are_compiled_where_that_is_possible(given: dict[str, Any], compiles: bool, expected: bool) -> None:
+    chosen, lines = choose(settings("simclr", **given), PHOTOS, replace(LARGE_GPU, compiles=compiles))
+    assert chosen.compile is expected
+    assert any(line.startswith("compile") for line in lines) is (compiles and not given)
 
 
 def test_local_crops_fit_the_patches_that_are_picked() -> None:
