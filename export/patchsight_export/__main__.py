@@ -48,7 +48,7 @@ def export(settings: ExportSettings) -> None:
 
     from rich.console import Console
 
-    from patchsight_export.half_weights import round_to_half, store_half
+    from patchsight_export.half_weights import halve, round_to_half, store_half
     from patchsight_export.source import read_run  # torch: after what can fail without it
     from patchsight_export.to_onnx import served, to_onnx, with_metadata
     from patchsight_export.verify import noise, photos, verify
@@ -58,7 +58,8 @@ def export(settings: ExportSettings) -> None:
     if settings.recommend is not None:
         source = source.recommending(settings.recommend)
     if settings.weights == "fp16":  # before the whitening, which is learned from what is served
-        round_to_half(source.encoder)
+        cosine = halve(source.encoder, photos(source.fields["transform"]))
+        print(f"weights rounded to fp16: cosine to the original at least {cosine:.6f}")
         source = source.noted("weights rounded to fp16")
     if settings.whiten is not None:
         whiten, count = learn_whitening(source.encoder, settings.whiten, Console(), both)

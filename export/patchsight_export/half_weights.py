@@ -8,11 +8,16 @@ nothing for it.
 import numpy as np
 import onnx
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from patchsight_serve.errors import InvalidRequest
+from patchsight_serve.errors import BundleError, InvalidRequest
+from patchsight_train.encoder import Encoder, pool
+from patchsight_train.views import eval_view
 
+COSINE = 0.999  # of a rounded encoder's embeddings to the original's, at least
 LEAST = 1024  # numbers in a tensor: a Cast of its own is not worth it for fewer
 
 
@@ -29,6 +34,27 @@ def round_to_half(module: nn.Module) -> None:
             if not rounded.isfinite().all():
                 raise InvalidRequest(f"--weights fp16: {name} holds {value.abs().max():g}, beyond fp16's 65,504")
             value.copy_(rounded)
+
+
+@torch.no_grad()
+def halve(encoder: Encoder, images: NDArray[np.uint8]) -> float:
+    """`round_to_half`, and the least cosine of an embedding, CLS or mean, to what it was, over images `(N, S, S, 3)`.
+
+    Raises:
+        InvalidRequest: as `round_to_half`.
+        BundleError: it is below `COSINE`.
+    """
+    x, P = eval_view(torch.from_numpy(images).permute(0, 3, 1, 2)), encoder.config.prefix_tokens
+    kinds = ("cls", "mean") if P else ("mean",)
+    before = encoder(x)
+    round_to_half(encoder)
+    after = encoder(x)
+    pairs = [(pool(before, P, kind), pool(after, P, kind)) for kind in kinds]
+    least = min(float(F.cosine_similarity(a, b).min()) for a, b in pairs)
+    if not least >= COSINE:
+        raise BundleError(f"not published: with weights rounded to fp16 the cosine to the original is {least:.5f}, the "
+                          f"limit {COSINE}; export it with --weights fp32")  # fmt: skip
+    return least
 
 
 def store_half(model: onnx.ModelProto) -> None:

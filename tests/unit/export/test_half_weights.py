@@ -10,10 +10,11 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from patchsight_export.__main__ import main
-from patchsight_export.half_weights import LEAST, round_to_half, store_half
+from patchsight_export.half_weights import LEAST, halve, round_to_half, store_half
 from patchsight_export.source import read_run
+from patchsight_export.to_onnx import ServedViT
 from patchsight_export.verify import noise
-from patchsight_serve.errors import InvalidRequest
+from patchsight_serve.errors import BundleError, InvalidRequest
 from patchsight_serve.ort_encoder import OrtEncoder
 from patchsight_train.encoder import Encoder
 from patchsight_train.initial import read_encoder
@@ -56,6 +57,25 @@ def test_what_half_cannot_hold_is_an_error(encoder: Encoder) -> None:
     parameter.data.view(-1)[0] = -70_000
     with pytest.raises(InvalidRequest, match=f"--weights fp16: {name} holds 70000, beyond"):
         round_to_half(encoder)
+
+
+@torch.no_grad()
+def test_the_cosine_is_of_both_embeddings_on_the_images(encoder: Encoder) -> None:
+    images = noise(16, 3)
+    before = ServedViT(encoder, {}, both=False)(torch.from_numpy(images))[:2]
+    found = halve(encoder, images)
+    after = ServedViT(encoder, {}, both=False)(torch.from_numpy(images))[:2]
+    cosines = [torch.sum(a * b, 1) / a.norm(dim=1) / b.norm(dim=1) for a, b in zip(before, after, strict=True)]
+    assert found == pytest.approx(float(torch.cat(cosines).min()), abs=1e-6)
+    assert 0.9 < found < 1
+
+
+def test_an_encoder_that_half_precision_changes_is_not_published(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("patchsight_export.half_weights.COSINE", 1.1)
+    with pytest.raises(BundleError, match="the cosine to the original is .*, the limit 1.1; export it with --weights"):
+        halve(encoder, noise(16, 2))
 
 
 @pytest.mark.parametrize("spoiled", [None, 1 + 2**-20, 1e6])
