@@ -61,7 +61,7 @@ class TrainSettings(CommandSettings):
         None, description="images a forward: less memory, the same numbers (but for batch norm's)"
     )
     recompute: bool = Field(False, description="activation checkpointing of ViTs: less memory, a third more work")
-    compile: bool = Field(False, description="torch.compile the encoder's blocks")
+    compile: bool = Field(False, description="torch.compile the encoder's blocks (default: on a GPU with a C compiler)")
     resident: bool | None = Field(None, description="keep all pictures decoded in memory (default: where they fit)")
     lr: Annotated[float, Field(gt=0)] = Field(1e-3, description="peak learning rate of AdamW at this batch size")
     final_lr: NonNegative = 1e-6

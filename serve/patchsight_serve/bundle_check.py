@@ -1,0 +1,95 @@
+"""Is a bundle what it says? Its files against each other, and its graph by what it computes.
+
+Needs no torch, so that it can be asked where the bundle is served. That the numbers are those of the trained encoder
+was shown when it was exported; here it is shown that they are still numbers, and depend on the image alone.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from patchsight_serve.dataset import read_dataset
+from patchsight_serve.decode import decode
+from patchsight_serve.encoder import Pixels, Values
+from patchsight_serve.errors import BundleError
+from patchsight_serve.manifest import Manifest, Transform
+from patchsight_serve.ort_encoder import OrtEncoder
+from patchsight_serve.sample_gallery import SAMPLES
+
+BATCHES = (1, 3, 8)
+LIMIT = 1e-4  # of max|a − b| / max|b|, of an image alone and in a batch
+
+
+def check(bundle: Path) -> list[str]:
+    """What was found, a line each.
+
+    Raises:
+        BundleError: a file is missing or was changed, files contradict each other, the graph does not load, or what it
+            computes is not finite, not an attention, or depends on the batch.
+    """
+    encoder = OrtEncoder(bundle, threads=None)  # the manifest, the sha256, the metadata inside, the signature
+    manifest = encoder.manifest
+    _check_triton(bundle, manifest)
+    lines = [
+        f"sha256 {manifest.sha256}",
+        f"encoder.json, the graph's metadata and config.pbtxt agree; {len(manifest.outputs)} outputs",
+    ]
+    for kind, images in (("noise", _noise(manifest.transform)), ("photos", _photos(manifest.transform))):
+        worst = max(_differences(encoder, images))
+        if not worst <= LIMIT:
+            raise BundleError(
+                f"{manifest.name}: on {kind} an image alone and in a batch differ by {worst:.2g} of the largest value, "
+                f"the limit is {LIMIT:g}"
+            )
+        lines.append(
+            f"{kind}, batches of {', '.join(map(str, BATCHES))}: finite; alone and in a batch within {worst:.1e}"
+        )
+    return lines
+
+
+def _check_triton(bundle: Path, manifest: Manifest) -> None:
+    path = bundle / "config.pbtxt"
+    if not path.is_file():
+        raise BundleError(f"{manifest.name}: config.pbtxt is missing, Triton cannot serve it; export the encoder again")
+    names = re.findall(r'\bname: "([^"]*)"', path.read_text())
+    for needed in (manifest.name, "image", *manifest.outputs):
+        if needed not in names:
+            raise BundleError(f"{manifest.name}: config.pbtxt does not name {needed!r}; export the encoder again")
+
+
+def _noise(transform: Transform) -> Pixels:
+    size = transform.crop
+    return np.random.default_rng(0).integers(0, 256, (max(BATCHES), size, size, 3), dtype=np.uint8)
+
+
+def _photos(transform: Transform) -> Pixels:
+    samples = read_dataset(SAMPLES)
+    return np.stack([decode(samples.read(i), transform) for i in range(max(BATCHES))])
+
+
+def _differences(encoder: OrtEncoder, images: Pixels) -> Iterator[float]:
+    """max|a − b| / max|b| of each batch size and output, a from images one by one."""
+    outputs = list(encoder.manifest.outputs)
+    alone = [encoder.run(images[i : i + 1], outputs) for i in range(len(images))]
+    for batch in BATCHES:
+        together = encoder.run(images[:batch], outputs)
+        for name in outputs:
+            values = together[name]
+            _check_values(encoder.manifest, name, values, batch)
+            single = np.concatenate([run[name] for run in alone[:batch]])
+            yield float(np.abs(single - values).max() / max(np.abs(values).max(), np.finfo(np.float32).tiny))
+
+
+def _check_values(manifest: Manifest, name: str, values: Values, batch: int) -> None:
+    shape = (batch, *manifest.outputs[name])
+    if values.shape != shape or values.dtype != np.float32:
+        raise BundleError(f"{manifest.name}: {name} is {values.dtype} {values.shape}, not float32 {shape}")
+    if not np.isfinite(values).all():
+        raise BundleError(f"{manifest.name}: {name} holds a value that is not finite")
+    if name == "attention" and not (values.min() >= 0 and values.sum(axis=(2, 3)).max() <= 1 + 1e-5):
+        raise BundleError(
+            f"{manifest.name}: attention is not one: values from {values.min():.3g}, sums up to "
+            f"{values.sum(axis=(2, 3)).max():.3g}"
+        )
