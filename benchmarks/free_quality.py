@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from measure import DATA, ROOT, publish, save
 
-from patchsight_export.whitening import Whitening
 from patchsight_serve.dataset import Dataset, read_dataset
 from patchsight_serve.decode import decode
 from patchsight_serve.embedder import batches
@@ -25,6 +24,7 @@ from patchsight_serve.nearest import F32, I64, normalize
 from patchsight_serve.ort_encoder import OrtEncoder
 from patchsight_serve.protocol import evaluate
 from patchsight_train.linear import linear_probe
+from patchsight_train.whitening import Whitening
 
 DATASETS = ("cifar10", "clothing10")
 Map = Callable[[F32], F32]  # embeddings (N, D) to others

@@ -52,7 +52,8 @@ def export(settings: ExportSettings) -> None:
     from patchsight_export.source import read_run  # torch: after what can fail without it
     from patchsight_export.to_onnx import served, to_onnx, with_metadata
     from patchsight_export.verify import noise, photos, verify
-    from patchsight_export.whitening import SHRINKAGE, learn_whitening
+    from patchsight_export.whitening import learn_whitening
+    from patchsight_train.whitening import SHRINKAGE
 
     source, whiten, both = read_run(settings.source, settings.step), None, settings.recommend == "both"
     if settings.recommend is not None:

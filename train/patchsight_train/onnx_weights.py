@@ -18,6 +18,7 @@ from torch import Tensor
 from patchsight_serve.errors import InvalidRequest
 from patchsight_serve.manifest import Manifest
 from patchsight_train.architecture import ViTConfig
+from patchsight_train.whitening import Whitening
 
 Array = NDArray[np.float32]
 LINEAR = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")  # of a block, in order
@@ -34,6 +35,18 @@ def read_vit(model: Path, manifest: Manifest) -> tuple[ViTConfig, dict[str, Tens
         return _read(graph, manifest)
     except LookupError as error:
         raise InvalidRequest(f"{model}: not the graph of a ViT as patchsight-export writes it: {error}") from None
+
+
+def read_whitening(model: Path) -> dict[str, Whitening]:
+    """What the graph's embeddings go through before they leave, by pooling: "cls", "mean", "both". Empty where
+    patchsight-export was not told to whiten."""
+    graph = Graph(onnx.load(model).graph)
+    found = {pooling: graph.whitening(f"{pooling}_embedding") for pooling in ("cls", "mean", "both")}
+    return {
+        pooling: Whitening(torch.from_numpy(pair[0].copy()), torch.from_numpy(pair[1].copy()))
+        for pooling, pair in found.items()
+        if pair is not None
+    }
 
 
 def _read(graph: "Graph", manifest: Manifest) -> tuple[ViTConfig, dict[str, Tensor]]:
@@ -114,6 +127,17 @@ class Graph:
     def positions(self) -> Array:
         """`(1, P + L, D)` or `(1, L, D)`."""
         return self._first("Add")
+
+    def whitening(self, output: str) -> tuple[Array, Array] | None:
+        """Mean `(D,)` and W `(D, D)` of an output that ends in (x − mean) W."""
+        product = self.makers.get(output)
+        if product is None or product.op_type != "MatMul":
+            return None
+        difference, W = self.makers.get(product.input[0]), self.constant(product.input[1])
+        if difference is None or difference.op_type != "Sub" or W is None:
+            return None
+        mean = self.constant(difference.input[1])
+        return None if mean is None else (mean, W)
 
     def _first(self, operator: str) -> Array:
         """The first constant of three axes that an operator of this kind takes."""

@@ -2,10 +2,11 @@
 
 Kinds: "cls" and "mean" (of the patch tokens) of the last layer; "both" side by side; and "last 4 blocks", the CLS
 tokens of the last four blocks side by side, each through the final norm, as DINO's linear evaluation takes them
-(arXiv:2104.14294, App. F.2). A ResNet has "mean" alone.
+(arXiv:2104.14294, App. F.2). A ResNet has "mean" alone. Where a bundle whitens its embeddings, the first three are
+those that it serves.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,7 @@ from patchsight_train.data import decoders, eval_transform, look_ahead
 from patchsight_train.encoder import Encoder, pool, side_by_side
 from patchsight_train.views import eval_view
 from patchsight_train.vit import ViT
+from patchsight_train.whitening import Whitening
 
 LAST = 4  # blocks
 BATCH = 128  # images
@@ -45,11 +47,17 @@ class Features:
 
 
 @torch.no_grad()
-def features(encoder: Encoder, pixels: Tensor) -> dict[str, Tensor]:
-    """uint8 `(N, 3, S, S)` on the encoder's device to each kind, float32 `(N, ·)` on the CPU."""
-    x = eval_view(pixels)
+def features(encoder: Encoder, pixels: Tensor, whitening: Mapping[str, Whitening]) -> dict[str, Tensor]:
+    """uint8 `(N, 3, S, S)` on the encoder's device to each kind, float32 `(N, ·)` on the CPU. whitening: what those go
+    through that a bundle whitens."""
+    kinds = {name: value.float().cpu() for name, value in _kinds(encoder, eval_view(pixels)).items()}
+    return {name: whitening[name](value) if name in whitening else value for name, value in kinds.items()}
+
+
+def _kinds(encoder: Encoder, x: Tensor) -> dict[str, Tensor]:
+    """As the encoder gives them."""
     if not isinstance(encoder, ViT):
-        return {"mean": encoder.pooled(x, "mean").float().cpu()}
+        return {"mean": encoder.pooled(x, "mean")}
     P = encoder.config.prefix_tokens
     tokens, cls = encoder.embed(x), []
     for block in encoder.blocks:
@@ -57,20 +65,19 @@ def features(encoder: Encoder, pixels: Tensor) -> dict[str, Tensor]:
         cls.append(encoder.norm(tokens)[:, 0])
     tokens, last = encoder.norm(tokens), cls[-LAST:]
     by_cls, by_mean = pool(tokens, P, "cls"), pool(tokens, P, "mean")
-    kinds = {
+    return {
         "cls": by_cls, "mean": by_mean, "both": side_by_side(by_cls, by_mean),
         f"last {len(last)} blocks": torch.cat(last, dim=1),
     }  # fmt: skip
-    return {name: value.float().cpu() for name, value in kinds.items()}
 
 
 class TorchEmbedder:
     """An encoder of torch as the `Embedder` that `embed_rows` asks: every kind of an image in one vector, `split`
     afterwards. The next batches are decoded while one is encoded."""
 
-    def __init__(self, encoder: Encoder, name: str, device: torch.device) -> None:
+    def __init__(self, encoder: Encoder, name: str, device: torch.device, whitening: Mapping[str, Whitening]) -> None:
         self.encoder, self.output = Identity(name, ""), "every kind"
-        self._module, self._device = encoder.to(device).eval(), device
+        self._module, self._device, self._whitening = encoder.to(device).eval(), device, whitening
         self._transform = eval_transform(encoder.config.image_size)
         self._widths: dict[str, int] = {}
 
@@ -94,7 +101,7 @@ class TorchEmbedder:
         if not images:
             return np.empty((0, 0), np.float32)
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(self._device)
-        kinds = features(self._module, pixels)
+        kinds = features(self._module, pixels, self._whitening)
         self._widths = {name: value.shape[1] for name, value in kinds.items()}
         packed: F32 = torch.cat(list(kinds.values()), dim=1).numpy()
         return packed

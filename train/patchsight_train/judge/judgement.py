@@ -1,6 +1,6 @@
 """Everything that is measured of one subject, as plain numbers for result.json; `sheets` draws what they came from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from patchsight_train.judge.settings import EvalSettings
 from patchsight_train.judge.subject import Subject
 from patchsight_train.judge.units import class_information, off_diagonal_correlation
 from patchsight_train.quality import feature_std, rankme, uniformity
+from patchsight_train.whitening import Whitening
 
 SAMPLE = 4096  # test images that the label-free measures look at
 DISTURBED = 1000  # test images that are disturbed, against at most `GALLERY` training images
@@ -116,17 +117,19 @@ def disturb(subject: Subject, device: torch.device, progress: Progress) -> list[
     count = min(len(test), DISTURBED)
     pixels = pictures[range(count)]
     task = progress.add_task(f"{subject.name}: disturbed pictures", total=len(robustness.PERTURBATIONS) + 1)
-    embed = embedding_of(encoder, subject.recommended, device)
+    embed = embedding_of(encoder, subject.recommended, subject.whitening, device)
     return robustness.measure(
         embed, gallery, train.labels[some], pixels, test.labels[:count], done=lambda: progress.advance(task)
     )
 
 
-def embedding_of(encoder: Encoder, kind: str, device: torch.device) -> Callable[[Tensor], Tensor]:
+def embedding_of(
+    encoder: Encoder, kind: str, whitening: Mapping[str, Whitening], device: torch.device
+) -> Callable[[Tensor], Tensor]:
     """uint8 `(N, 3, S, S)` to one kind of embedding, L2-normalized float32 `(N, D)` on the CPU."""
 
     def embed(pixels: Tensor) -> Tensor:
-        parts = [features(encoder, part.to(device))[kind] for part in torch.split(pixels, 128)]
+        parts = [features(encoder, part.to(device), whitening)[kind] for part in torch.split(pixels, 128)]
         return F.normalize(torch.cat(parts), dim=1)
 
     return embed

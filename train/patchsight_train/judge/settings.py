@@ -19,9 +19,7 @@ class EvalSettings(CommandSettings):
     model_config = SettingsConfigDict(env_prefix="PATCHSIGHT_TRAIN_")
     table: ClassVar[str] = "eval"
 
-    source: list[Path] = Field(
-        [], description="run folder, or bundle of a ViT (without its whitening); repeat to compare several"
-    )
+    source: list[Path] = Field([], description="run folder, or bundle of a ViT; repeat to compare several")
     train: str = Field(
         description="labelled images whose classes are known: gallery, and what the linear heads learn from"
     )

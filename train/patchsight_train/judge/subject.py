@@ -1,7 +1,7 @@
 """Who is judged: embeddings of two labelled sides, and as far as they are there the pictures and the encoder behind."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from patchsight_train.initial import read_encoder
 from patchsight_train.judge.features import Features, TorchEmbedder, embed_side
 from patchsight_train.judge.settings import EvalSettings
 from patchsight_train.run import read_config
+from patchsight_train.whitening import Whitening
 
 SHOWN = 96  # pixels of a picture without an encoder that says how large
 
@@ -59,6 +60,7 @@ class Subject:
     encoder: Encoder | None = None
     train_pictures: Pictures | None = None
     test_pictures: Pictures | None = None
+    whitening: Mapping[str, Whitening] = field(default_factory=dict)  # of a bundle's embeddings, by kind
 
 
 def subjects(settings: EvalSettings, device: torch.device, progress: Progress) -> Iterator[Subject]:
@@ -86,8 +88,8 @@ def subjects(settings: EvalSettings, device: torch.device, progress: Progress) -
 
 def _of_encoder(source: Path, train: Dataset, test: Dataset, device: torch.device, progress: Progress) -> Subject:
     encoder, where = read_encoder(source)
-    name = source.resolve().name
-    embedder = TorchEmbedder(encoder, name, device)
+    name, whitening = source.resolve().name, _whitening(source)
+    embedder = TorchEmbedder(encoder, name, device, whitening)
     sides = []
     for side, dataset in (("train", train), ("test", test)):
         task = progress.add_task(f"{name}: embed {side}", total=len(dataset))
@@ -98,7 +100,16 @@ def _of_encoder(source: Path, train: Dataset, test: Dataset, device: torch.devic
     parameters = sum(p.numel() for p in encoder.parameters())
     about = {"source": where, "trained on": trained_on, "parameters": f"{parameters:,}", "picture": f"{size} px"}
     names = _names(test.class_names, *sides)
-    return Subject(name, recommended, about, sides[0], sides[1], names, encoder, pictures[0], pictures[1])
+    return Subject(name, recommended, about, sides[0], sides[1], names, encoder, pictures[0], pictures[1], whitening)
+
+
+def _whitening(source: Path) -> dict[str, Whitening]:
+    """Of a bundle; a run folder has none."""
+    if (source / "config.toml").is_file():
+        return {}
+    from patchsight_train.onnx_weights import read_whitening  # onnx is there: the encoder has been read by it
+
+    return read_whitening(source / "1" / "model.onnx")
 
 
 def _described(source: Path, encoder: Encoder) -> tuple[str, str]:
@@ -108,9 +119,7 @@ def _described(source: Path, encoder: Encoder) -> tuple[str, str]:
         data = config.get("dataset") or ", ".join(map(str, config.get("data", [])))
         return recommended_pooling(config, encoder.config), str(data)
     manifest = load_manifest(source)
-    whitened = manifest.recipe.startswith("# embeddings whitened")
-    note = "; as trained, without the whitening that its graph ends with" if whitened else ""
-    return manifest.recommended, manifest.data + note
+    return manifest.recommended, manifest.data
 
 
 def _of_embeddings(settings: EvalSettings) -> Subject:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from patchsight_serve.embed import main as embed_command
 from patchsight_serve.embedding_file import written
 from patchsight_serve.item import Identity
 from patchsight_train.__main__ import train
@@ -115,15 +116,21 @@ def test_several_sources_stand_side_by_side(run: Path, sides: tuple[Path, Path],
     assert "Side by side" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_a_whitened_bundle_is_judged_as_it_was_trained_and_that_is_said(
-    sides: tuple[Path, Path], tmp_path: Path
-) -> None:
-    bundle = Path(__file__).resolve().parents[4] / "model_repository" / "simclr-vit-cifar10-whitened"
+def test_a_whitened_bundle_is_judged_as_it_is_served(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    """The same figures as from the embeddings that the bundle itself gives."""
+    bundle = Path(__file__).resolve().parents[4] / "model_repository" / "mae-vit-cifar10"
     result = judged(tmp_path / "out", "--source", bundle, "--train", sides[0], "--test", sides[1])
     (encoder,) = result["encoders"]
-    assert encoder["recommended"] == "both"
-    assert set(encoder["knn"]) == {"cls", "mean", "both"}
-    assert encoder["about"]["trained on"].endswith("without the whitening that its graph ends with")
+    assert encoder["recommended"] == "mean"
+    files = []
+    for side in sides:
+        files.append(tmp_path / f"{side.name}.parquet")
+        embed_command(["--data", str(side), "--out", str(files[-1]), "--encoder", bundle.name,
+                       "--model-repository", str(bundle.parent)])  # fmt: skip
+    served = judged(tmp_path / "served", "--train", files[0], "--test", files[1])["encoders"][0]
+    assert encoder["knn"]["mean"] == served["knn"]["mean"]
+    for measure in ("rankme", "intrinsic_dimension", "uniformity"):
+        assert encoder["representation"][measure] == pytest.approx(served["representation"][measure], rel=1e-3)
 
 
 def test_two_sources_of_one_name_are_refused(
