@@ -12,6 +12,7 @@ from patchsight_serve.config import fail
 from patchsight_serve.errors import PatchsightError
 
 if TYPE_CHECKING:
+    from patchsight_export.source import Source
     from patchsight_export.verify import Check
 
 PROG = "patchsight-export"
@@ -49,13 +50,12 @@ def export(settings: ExportSettings) -> None:
     from rich.console import Console
 
     from patchsight_export.half_weights import halve, round_to_half, store_half
-    from patchsight_export.source import read_run  # torch: after what can fail without it
     from patchsight_export.to_onnx import served, to_onnx, with_metadata
     from patchsight_export.verify import noise, photos, verify
     from patchsight_export.whitening import learn_whitening
     from patchsight_train.whitening import SHRINKAGE
 
-    source, whiten, both = read_run(settings.source, settings.step), None, settings.recommend == "both"
+    source, whiten, both = read(settings), None, settings.recommend == "both"
     if settings.recommend is not None:
         source = source.recommending(settings.recommend)
     if settings.weights == "fp16":  # before the whitening, which is learned from what is served
@@ -84,6 +84,18 @@ def export(settings: ExportSettings) -> None:
         f"published {settings.bundle}: opset {settings.opset}, {len(model) / 1e6:.2f} MB, sha256 {manifest.sha256}, "
         f"in {time.perf_counter() - started:.1f} s"
     )
+
+
+def read(settings: ExportSettings) -> "Source":
+    """The encoder of a run folder, or a public one."""
+    from patchsight_export.public_source import read_public
+    from patchsight_export.source import read_run
+
+    if (settings.source / "config.toml").is_file() or settings.source.is_dir():
+        return read_run(settings.source, settings.step)
+    source, lines = read_public(settings)
+    print("\n".join(lines))
+    return source
 
 
 def verdict(checks: Iterable["Check"], outputs: list[str]) -> list[str]:

@@ -10,13 +10,15 @@ from patchsight_serve.config import CommandSettings, number
 
 
 class ExportSettings(CommandSettings):
-    """Make an encoder bundle of a run folder: export to ONNX, compare with torch, publish; or add a measurement."""
+    """Make an encoder bundle of a run folder or a public encoder: export to ONNX, compare with torch, publish; or add a
+    measurement."""
 
     model_config = SettingsConfigDict(env_prefix="PATCHSIGHT_EXPORT_")
     table: ClassVar[str] = "export"
 
     source: CliPositionalArg[Path] = Field(
-        description="run folder of patchsight-train; or a file *.json that patchsight-knn printed"
+        description="run folder of patchsight-train; timm:NAME, a model of timm; a checkpoint file (.pth, .ckpt, "
+        ".safetensors) of DINO, MAE, DINOv2, SimCLR, lightly, …; or a file *.json that patchsight-knn printed"
     )
     bundle: CliPositionalArg[Path] = Field(
         description="MODEL_REPOSITORY/NAME: the bundle to make, or the one that was measured"
@@ -36,3 +38,19 @@ class ExportSettings(CommandSettings):
     opset: Annotated[Literal[18, 23], BeforeValidator(number)] = Field(
         23, description="of ONNX; 18 for runtimes that have no Attention operator yet"
     )
+
+    image_size: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="public encoders: pixels, positions are interpolated (default: its own, 224 at most)"
+    )
+    checkpoint: Path | None = Field(None, description="timm:NAME: a file of its weights, in place of the hub's")
+    prefix: str | None = Field(None, description="checkpoint file: where the encoder is in it, if it does not tell")
+    heads: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="checkpoint file of a ViT: attention heads (default: 64 numbers each)"
+    )
+    normalize: Literal["imagenet", "half", "none"] = Field(
+        "imagenet",
+        description="checkpoint file: what its pixels went through: ImageNet's mean and deviation; to -1..1; to 0..1",
+    )
+    objective: str = Field("unstated", description="public encoders: how it was trained, for the manifest")
+    dataset: str = Field("", description="public encoders: what it was trained on, for the manifest")
+    license: str = Field("", description="public encoders: terms of the weights (default: what timm knows)")

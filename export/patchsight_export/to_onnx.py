@@ -10,6 +10,7 @@ import torch
 from onnx import helper
 from torch import Tensor, nn
 
+from patchsight_export.public_encoder import PublicViT
 from patchsight_serve.manifest import METADATA_KEY
 from patchsight_train.encoder import Encoder, side_by_side
 from patchsight_train.views import eval_view
@@ -27,7 +28,7 @@ class ServedViT(nn.Module):
     `attention` is the last block's, from CLS to the patches: its sum is 1 less the weight on CLS and the registers.
     """
 
-    def __init__(self, encoder: ViT, whiten: Mapping[str, nn.Module], both: bool) -> None:
+    def __init__(self, encoder: ViT | PublicViT, whiten: Mapping[str, nn.Module], both: bool) -> None:
         super().__init__()
         self.encoder, self.with_both = encoder, both
         self.cls, self.mean, self.both = (whiten.get(pooling, nn.Identity()) for pooling in ("cls", "mean", "both"))
@@ -61,7 +62,9 @@ def served(encoder: Encoder, whiten: Mapping[str, nn.Module] | None = None, both
     whiten: by pooling, "cls", "mean" and "both", what an embedding goes through before it leaves. both: whether that
     one is among the outputs.
     """
-    return ServedViT(encoder, whiten or {}, both) if isinstance(encoder, ViT) else ServedResNet(encoder, whiten or {})
+    if isinstance(encoder, ViT | PublicViT):
+        return ServedViT(encoder, whiten or {}, both)
+    return ServedResNet(encoder, whiten or {})
 
 
 def to_onnx(served: nn.Module, size: int, outputs: tuple[str, ...] = OUTPUTS, opset: int = 23) -> onnx.ModelProto:
