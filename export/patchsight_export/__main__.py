@@ -70,7 +70,8 @@ def export(settings: ExportSettings) -> None:
                 round_to_half(each)
         source = source.noted(f"embeddings whitened: {told}")
     draft = source.manifest(settings.bundle.name, sha256="0" * 64)
-    print(f"{draft.objective}, {draft.architecture}: {draft.parameters / 1e6:.2f} M parameters, step {source.step:,}")
+    when = f", step {source.step:,}" if source.step else ""
+    print(f"{draft.objective}, {draft.architecture}: {draft.parameters / 1e6:.2f} M parameters{when}")
     module, size = served(source.encoder, whiten, both), draft.transform.crop
     graph = to_onnx(module, size, tuple(draft.outputs), settings.opset)
     if settings.weights == "fp16":
