@@ -151,7 +151,7 @@ def test_first_visit_in_both_themes_and_on_a_phone(browser: Browser, url: str) -
             assert re.fullmatch(r"[a-z-]+\s+[01]\.\d{3}", text)
         expect(page.locator("#vote")).to_contain_text(re.compile(r"The 12 nearest say [a-z-]+, with \d+ % of the vote"))
         expect(page.locator("#card")).to_contain_text(manifest["architecture"])
-        expect(page.locator("#card")).to_contain_text("256 numbers")  # CLS and mean side by side
+        expect(page.locator("#card")).to_contain_text("384 numbers")  # CLS and mean side by side
         expect(page.locator("#card")).to_contain_text(manifest["license"])
         expect(page.locator("#embed-time")).to_have_text(re.compile(r"decode [\d.]+ ms · queue .* · infer .*"))
         assert visit.pixels()[..., :3].std() > 10

@@ -39,7 +39,7 @@ def test_requests(url: str, tmp_path: Path, readme_commands: Callable[[Path], li
         replies.append(result.stdout)
     embedded, drawn, neighbors, added, form, mine = replies
     (result,) = json.loads(embedded)["results"]
-    assert len(result["embedding"]) == 256  # CLS and mean side by side
+    assert len(result["embedding"]) == 384  # CLS and mean side by side
     assert drawn == ""
     with Image.open(tmp_path / "attention.png") as picture:
         assert picture.format == "PNG"
