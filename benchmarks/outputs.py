@@ -22,7 +22,7 @@ from measure import save
 from torch import Tensor, nn
 
 from patchsight_export.to_onnx import OUTPUTS, served, to_onnx
-from patchsight_export.verify import noise
+from patchsight_serve.trial_pictures import noise
 from patchsight_train.architecture import SIZES, ViTConfig
 from patchsight_train.views import eval_view
 from patchsight_train.vit import ViT

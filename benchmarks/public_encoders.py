@@ -24,8 +24,8 @@ from patchsight_export.half_weights import halve, store_half
 from patchsight_export.public_encoder import PublicEncoder, wrap
 from patchsight_export.public_layout import build_model
 from patchsight_export.to_onnx import OUTPUTS, served, to_onnx
-from patchsight_export.verify import noise
 from patchsight_export.weights_file import find_encoder
+from patchsight_serve.trial_pictures import noise
 from patchsight_train.views import MEAN, STD, eval_view
 
 BATCH = 3

@@ -51,8 +51,9 @@ def export(settings: ExportSettings) -> None:
 
     from patchsight_export.half_weights import halve, round_to_half, store_half
     from patchsight_export.to_onnx import served, to_onnx, with_metadata
-    from patchsight_export.verify import noise, photos, verify
+    from patchsight_export.verify import verify
     from patchsight_export.whitening import learn_whitening
+    from patchsight_serve.trial_pictures import noise, photos
     from patchsight_train.whitening import SHRINKAGE
 
     source, whiten, both = read(settings), None, settings.recommend == "both"
@@ -92,7 +93,7 @@ def read(settings: ExportSettings) -> "Source":
     from patchsight_export.public_source import read_public
     from patchsight_export.source import read_run
 
-    if (settings.source / "config.toml").is_file() or settings.source.is_dir():
+    if settings.source.is_dir():
         return read_run(settings.source, settings.step)
     source, lines = read_public(settings)
     print("\n".join(lines))

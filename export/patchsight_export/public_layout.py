@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from patchsight_serve.errors import InvalidRequest
+from patchsight_train.checkpoint import differences
 
 Weights = Mapping[str, Tensor]
 
@@ -22,14 +23,8 @@ UNUSED = re.compile(r"mask_token|pos_embed_new|rope_embed\.periods|head\.|fc\.|d
 CHUNK = re.compile(r"blocks\.\d+\.(\d+)\.")  # blocks cut into chunks: the second number is the block's own
 HEADS = {1280: 16}  # by width, where a head is not 64 wide: MAE's ViT-H
 LIGHTLY = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}  # torchvision's ResNet
-LIGHTLY_SMALL = {
-    "0": "conv1",
-    "1": "bn1",
-    "2": "layer1",
-    "3": "layer2",
-    "4": "layer3",
-    "5": "layer4",
-}  # without pooling
+# lightly's own, without pooling
+LIGHTLY_SMALL = {"0": "conv1", "1": "bn1", "2": "layer1", "3": "layer2", "4": "layer3", "5": "layer4"}
 LARGEST = 224  # pixels, unless more is asked for: DINOv2 was trained to its end at 518, and is evaluated at 224
 
 
@@ -141,19 +136,11 @@ def _resnet_names(weights: Weights) -> dict[str, Tensor]:
 
 
 def _load(model: nn.Module, weights: dict[str, Tensor], what: str) -> None:
-    wanted = model.state_dict()
-    wrong = [
-        f"{name} is missing" for name in wanted.keys() - weights.keys() if not name.endswith("num_batches_tracked")
-    ]
-    wrong += [f"{name} is unknown" for name in weights.keys() - wanted.keys()]
-    wrong += [
-        f"{name} is {tuple(weights[name].shape)} instead of {tuple(wanted[name].shape)}"
-        for name in wanted.keys() & weights.keys()
-        if weights[name].shape != wanted[name].shape
-    ]
-    if wrong:
-        raise InvalidRequest(f"{what}: does not fit the model that it describes: " + "; ".join(sorted(wrong)))
-    model.load_state_dict(weights, strict=False)  # what may be missing counts batches, and is used in training alone
+    counts = {name: x for name, x in model.state_dict().items() if name.endswith("num_batches_tracked")}
+    weights = counts | weights  # which may be missing: they count batches, in training alone
+    if wrong := differences(model.state_dict(), weights):
+        raise InvalidRequest(f"{what}: does not fit the model that it describes: " + "; ".join(wrong))
+    model.load_state_dict(weights)
     if broken := [name for name, x in weights.items() if not torch.isfinite(x).all()]:
         raise InvalidRequest(f"{what}: {broken[0]} holds values that are not finite")
 

@@ -8,7 +8,7 @@ from patchsight_export.public_encoder import PublicEncoder, PublicViT, wrap
 from patchsight_export.public_layout import build_model
 from patchsight_export.settings import ExportSettings
 from patchsight_export.source import Source
-from patchsight_export.weights_file import find_encoder, read
+from patchsight_export.weights_file import find_encoder, first_line, read
 from patchsight_serve.errors import InvalidRequest
 from patchsight_serve.manifest import Transform, sha256_of
 from patchsight_train.views import MEAN, STD
@@ -38,19 +38,16 @@ def _timm(name: str, settings: ExportSettings) -> tuple[Source, list[str]]:
     if not timm.is_model(name.split(".")[0]):
         near = ", ".join(timm.list_models(f"*{name.split('.')[0][:12]}*")[:5]) or "none like it"
         raise InvalidRequest(f"{TIMM}{name}: timm {timm.__version__} has no such model; there is {near}")
-    sized: dict[str, Any] = {} if settings.image_size is None else {"img_size": settings.image_size}
-    if name.startswith("resnet"):
-        sized = {}
-    overlay: dict[str, Any] = (
-        {} if settings.checkpoint is None else {"pretrained_cfg_overlay": {"file": str(settings.checkpoint)}}
-    )
+    told: dict[str, Any] = {}
+    if settings.image_size is not None and not name.startswith("resnet"):  # which take any size
+        told["img_size"] = settings.image_size
     if settings.checkpoint is not None:
         read(settings.checkpoint)  # what is wrong with the file is better said by us
+        told["pretrained_cfg_overlay"] = {"file": str(settings.checkpoint)}
     try:
-        model = timm.create_model(name, pretrained=True, num_classes=0, **sized, **overlay)
+        model = timm.create_model(name, pretrained=True, num_classes=0, **told)
     except Exception as error:  # the hub's errors and torch's have no common base
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InvalidRequest(f"{TIMM}{name}: its weights cannot be had: {first}") from error
+        raise InvalidRequest(f"{TIMM}{name}: its weights cannot be had: {first_line(error)}") from error
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     size = settings.image_size or int(cfg["input_size"][-1])
     encoder = wrap(model, size, tuple(cfg["mean"]), tuple(cfg["std"]), f"{TIMM}{name}")

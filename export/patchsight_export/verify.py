@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import as_file, files
 from typing import Any
 
 import numpy as np
@@ -11,16 +10,11 @@ import onnxruntime as ort
 import torch
 from torch import nn
 
-from patchsight_serve.dataset import read_dataset
-from patchsight_serve.decode import decode
+from patchsight_serve.encoder import Pixels, Values
 from patchsight_serve.errors import BundleError
-from patchsight_serve.manifest import Transform
+from patchsight_serve.trial_pictures import BATCHES
 
 LIMIT = 1e-4  # of max|a − b| / max|b|, per output
-BATCHES = (1, 3, 8)
-
-Pixels = np.ndarray[Any, np.dtype[np.uint8]]
-Values = np.ndarray[Any, np.dtype[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -30,19 +24,6 @@ class Check:
     what: str
     output: str
     error: float
-
-
-def photos(transform: Transform, count: int = max(BATCHES)) -> Pixels:
-    """uint8 `(count, S, S, 3)`: real pictures, from the server's sample gallery, spread over its classes."""
-    with as_file(files("patchsight_serve") / "samples" / "clothing.parquet") as path:
-        samples = read_dataset(path)
-        chosen = np.linspace(0, len(samples) - 1, count).round().astype(int)
-        return np.stack([decode(samples.read(i), transform) for i in chosen])
-
-
-def noise(size: int, count: int = max(BATCHES)) -> Pixels:
-    """uint8 `(count, size, size, 3)`, every pixel at random, the same in every run."""
-    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
 def verify(

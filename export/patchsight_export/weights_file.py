@@ -73,13 +73,17 @@ def read(path: Path) -> Mapping[str, Any]:
     try:
         content = _safetensors(path) if path.suffix == ".safetensors" else _pickle(path)
     except Exception as error:  # a damaged file can raise nearly anything
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InvalidRequest(
-            f"{path}: cannot be read as a checkpoint (.pth, .pt, .ckpt, .safetensors): {first}"
+            f"{path}: cannot be read as a checkpoint (.pth, .pt, .ckpt, .safetensors): {first_line(error)}"
         ) from None
     if not isinstance(content, Mapping):
         raise InvalidRequest(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
     return content
+
+
+def first_line(error: Exception) -> str:
+    """Of its message; its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _safetensors(path: Path) -> Mapping[str, Any]:

@@ -10,15 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from patchsight_serve.dataset import read_dataset
-from patchsight_serve.decode import decode
 from patchsight_serve.encoder import Pixels, Values
 from patchsight_serve.errors import BundleError
-from patchsight_serve.manifest import Manifest, Transform
+from patchsight_serve.manifest import Manifest
 from patchsight_serve.ort_encoder import OrtEncoder
-from patchsight_serve.sample_gallery import SAMPLES
+from patchsight_serve.trial_pictures import BATCHES, noise, photos
 
-BATCHES = (1, 3, 8)
 LIMIT = 1e-4  # of max|a − b| / max|b|, of an image alone and in a batch
 
 
@@ -36,7 +33,7 @@ def check(bundle: Path) -> list[str]:
         f"sha256 {manifest.sha256}",
         f"encoder.json, the graph's metadata and config.pbtxt agree; {len(manifest.outputs)} outputs",
     ]
-    for kind, images in (("noise", _noise(manifest.transform)), ("photos", _photos(manifest.transform))):
+    for kind, images in (("noise", noise(manifest.transform.crop)), ("photos", photos(manifest.transform))):
         worst = max(_differences(encoder, images))
         if not worst <= LIMIT:
             raise BundleError(
@@ -57,16 +54,6 @@ def _check_triton(bundle: Path, manifest: Manifest) -> None:
     for needed in (manifest.name, "image", *manifest.outputs):
         if needed not in names:
             raise BundleError(f"{manifest.name}: config.pbtxt does not name {needed!r}; export the encoder again")
-
-
-def _noise(transform: Transform) -> Pixels:
-    size = transform.crop
-    return np.random.default_rng(0).integers(0, 256, (max(BATCHES), size, size, 3), dtype=np.uint8)
-
-
-def _photos(transform: Transform) -> Pixels:
-    samples = read_dataset(SAMPLES)
-    return np.stack([decode(samples.read(i), transform) for i in range(max(BATCHES))])
 
 
 def _differences(encoder: OrtEncoder, images: Pixels) -> Iterator[float]:

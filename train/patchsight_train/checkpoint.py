@@ -8,6 +8,7 @@ Random numbers need no saving: every generator in training is seeded by (seed, s
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,20 @@ def restore(checkpoint: Checkpoint, module: nn.Module, optimizer: torch.optim.Op
     Raises:
         InvalidRequest: the checkpoint is of another architecture; the first differences are named.
     """
-    wanted, found = module.state_dict(), checkpoint.model
+    found = checkpoint.model
+    wrong = differences(module.state_dict(), found)
+    if wrong:
+        shown = "; ".join(wrong[:3])
+        raise InvalidRequest(
+            f"{run}: its checkpoint is of another architecture ({len(wrong)} differences: {shown}); "
+            f"choose another --run, or the settings in {run / 'config.toml'}"
+        )
+    module.load_state_dict(found)
+    _restore_optimizer(module, optimizer, checkpoint.optimizer)
+
+
+def differences(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """Every tensor that is missing, unknown or of another shape, a phrase each, in the order of the alphabet."""
     wrong = [f"{k} is missing" for k in wanted.keys() - found.keys()]
     wrong += [f"{k} is unknown" for k in found.keys() - wanted.keys()]
     wrong += [
@@ -94,14 +108,7 @@ def restore(checkpoint: Checkpoint, module: nn.Module, optimizer: torch.optim.Op
         for k in wanted.keys() & found.keys()
         if found[k].shape != wanted[k].shape
     ]
-    if wrong:
-        shown = "; ".join(sorted(wrong)[:3])
-        raise InvalidRequest(
-            f"{run}: its checkpoint is of another architecture ({len(wrong)} differences: {shown}); "
-            f"choose another --run, or the settings in {run / 'config.toml'}"
-        )
-    module.load_state_dict(found)
-    _restore_optimizer(module, optimizer, checkpoint.optimizer)
+    return sorted(wrong)
 
 
 def _optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ def initialize(objective: Objective, source: Path) -> list[str]:
 def read_encoder(source: Path) -> tuple[Encoder, str]:
     """The encoder that a run folder keeps, of its newest checkpoint, or that of a bundle, in evaluation mode on the
     CPU; and what it is, for people. Raises as `initialize`."""
-    if _is_run(source):
+    if is_run(source):
         return _of_run(source)
     if (source / "encoder.json").is_file():
         return _of_bundle(source), f"the bundle {source}"
@@ -56,10 +56,11 @@ def read_encoder(source: Path) -> tuple[Encoder, str]:
 
 def architecture_of(source: Path) -> EncoderConfig:
     """That of the encoder which `read_encoder` gives. Raises as `initialize`."""
-    return _architecture(source, read_config(source)) if _is_run(source) else read_encoder(source)[0].config
+    return _architecture(source, read_config(source)) if is_run(source) else read_encoder(source)[0].config
 
 
-def _is_run(source: Path) -> bool:
+def is_run(source: Path) -> bool:
+    """Whether that is a run folder, not a bundle."""
     return (source / "config.toml").is_file()
 
 

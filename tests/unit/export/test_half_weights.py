@@ -13,9 +13,9 @@ from patchsight_export.__main__ import main
 from patchsight_export.half_weights import LEAST, halve, round_to_half, store_half
 from patchsight_export.source import read_run
 from patchsight_export.to_onnx import ServedViT
-from patchsight_export.verify import noise
 from patchsight_serve.errors import BundleError, InvalidRequest
 from patchsight_serve.ort_encoder import OrtEncoder
+from patchsight_serve.trial_pictures import noise
 from patchsight_train.encoder import Encoder
 from patchsight_train.initial import read_encoder
 

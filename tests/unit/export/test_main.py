@@ -16,12 +16,12 @@ from starlette.testclient import TestClient
 
 from patchsight_export import to_onnx
 from patchsight_export.__main__ import main
-from patchsight_export.verify import noise
 from patchsight_serve.app import create_app
 from patchsight_serve.manifest import load_manifest
 from patchsight_serve.ort_encoder import OrtEncoder
 from patchsight_serve.repository import load_encoders
 from patchsight_serve.settings import ServeSettings
+from patchsight_serve.trial_pictures import noise
 from patchsight_train.objective import Objective
 from patchsight_train.views import eval_view
 

@@ -31,11 +31,11 @@ from patchsight_export.__main__ import main
 from patchsight_export.public_encoder import PublicEncoder, PublicViT, wrap
 from patchsight_export.public_layout import build_model
 from patchsight_export.to_onnx import served, to_onnx
-from patchsight_export.verify import noise
 from patchsight_export.weights_file import find_encoder
 from patchsight_serve.errors import InvalidRequest
 from patchsight_serve.manifest import load_manifest
 from patchsight_serve.ort_encoder import OrtEncoder
+from patchsight_serve.trial_pictures import noise
 from patchsight_train.views import MEAN, STD, eval_view
 
 

@@ -20,8 +20,9 @@ import patchsight_serve
 import patchsight_train
 from patchsight_export.source import Source, read_run
 from patchsight_export.to_onnx import served, strip, to_onnx, with_metadata
-from patchsight_export.verify import noise, verify
+from patchsight_export.verify import verify
 from patchsight_serve.manifest import load_manifest
+from patchsight_serve.trial_pictures import noise
 from patchsight_train.architecture import ResNetConfig
 from patchsight_train.resnet import ResNet
 

@@ -11,9 +11,10 @@ from torch import nn
 
 from patchsight_export.source import read_run
 from patchsight_export.to_onnx import served
-from patchsight_export.verify import BATCHES, LIMIT, noise, photos, verify
+from patchsight_export.verify import LIMIT, verify
 from patchsight_serve.errors import BundleError
 from patchsight_serve.manifest import Transform, load_manifest
+from patchsight_serve.trial_pictures import BATCHES, noise, photos
 
 PICTURES = {"noise": noise(16)}
 

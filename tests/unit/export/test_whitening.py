@@ -9,11 +9,11 @@ import torch
 from rich.console import Console
 
 from patchsight_export.__main__ import main
-from patchsight_export.verify import noise
 from patchsight_export.whitening import learn_whitening
 from patchsight_serve.nearest import normalize
 from patchsight_serve.ort_encoder import OrtEncoder
 from patchsight_serve.sample_gallery import SAMPLES
+from patchsight_serve.trial_pictures import noise
 from patchsight_train.objective import Objective
 from patchsight_train.views import eval_view
 

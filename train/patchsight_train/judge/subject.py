@@ -18,7 +18,7 @@ from patchsight_serve.manifest import load_manifest
 from patchsight_train.build import recommended_pooling
 from patchsight_train.data import eval_transform
 from patchsight_train.encoder import Encoder
-from patchsight_train.initial import read_encoder
+from patchsight_train.initial import is_run, read_encoder
 from patchsight_train.judge.features import Features, TorchEmbedder, embed_side
 from patchsight_train.judge.settings import EvalSettings
 from patchsight_train.run import read_config
@@ -105,7 +105,7 @@ def _of_encoder(source: Path, train: Dataset, test: Dataset, device: torch.devic
 
 def _whitening(source: Path) -> dict[str, Whitening]:
     """Of a bundle; a run folder has none."""
-    if (source / "config.toml").is_file():
+    if is_run(source):
         return {}
     from patchsight_train.onnx_weights import read_whitening  # onnx is there: the encoder has been read by it
 
@@ -114,7 +114,7 @@ def _whitening(source: Path) -> dict[str, Whitening]:
 
 def _described(source: Path, encoder: Encoder) -> tuple[str, str]:
     """Which embedding counts, and what it was trained on."""
-    if (source / "config.toml").is_file():
+    if is_run(source):
         config = read_config(source)
         data = config.get("dataset") or ", ".join(map(str, config.get("data", [])))
         return recommended_pooling(config, encoder.config), str(data)
