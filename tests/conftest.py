@@ -13,6 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from patchsight_serve.manifest import Manifest, Transform
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -129,3 +131,13 @@ def _address(process: subprocess.Popen[bytes], log: Path, patience_s: float = 60
                 pass  # not listening yet
         time.sleep(0.1)
     raise AssertionError(f"the server did not become ready:\n{log.read_text()}")
+
+
+@pytest.fixture
+def manifest() -> Manifest:
+    """A manifest whose numbers all differ, so that one in another's place shows."""
+    return Manifest(
+        name="tiny", sha256="0" * 64, objective="dino", architecture="ViT", parameters=1000, image_size=32,
+        patch_size=4, embedding_dim=96, num_heads=3, prefix_tokens=1, recommended="cls",
+        transform=Transform(resize=36, crop=32), data="noise", recipe="none", commit="none", license="CC0-1.0",
+    )  # fmt: skip

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from patchsight_export.triton import config_pbtxt
 from patchsight_serve.errors import Conflict, InvalidRequest
 from patchsight_serve.manifest import BUNDLE_NAME, Manifest, load_manifest
+from patchsight_serve.triton_config import config_pbtxt
 
 
 def check_free(bundle: Path) -> None:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from patchsight_serve.errors import BundleError
 
 METADATA_KEY = "patchsight"
+YOUNGER = ("precision", "dynamic_size")  # fields that are left out where they have their default
 BUNDLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 Positive = Annotated[int, Field(gt=0)]
@@ -55,6 +56,9 @@ class Manifest(BaseModel):
     recipe: str
     commit: str
     license: str
+    # Younger than the first bundles, so that each of them says nothing where it has the default.
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"  # what the graph computes in
+    dynamic_size: bool = False  # the graph also takes other sizes: multiples of the patch size
     measured: dict[str, Any] = {}
 
     @property
@@ -75,6 +79,9 @@ class Manifest(BaseModel):
     def metadata(self) -> str:
         """The part that travels inside the ONNX file, as canonical JSON."""
         fields = self.model_dump(exclude={"name", "sha256", "measured"})
+        for younger in YOUNGER:
+            if fields[younger] == type(self).model_fields[younger].default:
+                del fields[younger]
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
 

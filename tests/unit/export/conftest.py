@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from patchsight_export.__main__ import main
-from patchsight_serve.manifest import Manifest, Transform
 from patchsight_train import checkpoint
 from patchsight_train.batch_norm import BatchNorm
 from patchsight_train.build import build
@@ -88,13 +87,3 @@ def resnet_bundle(resnet_run: Path, tmp_path_factory: pytest.TempPathFactory) ->
     target = tmp_path_factory.mktemp("export") / "model_repository" / "resnet"
     main([str(resnet_run), str(target)])
     return target
-
-
-@pytest.fixture
-def manifest() -> Manifest:
-    """A manifest whose numbers all differ, so that one in another's place shows."""
-    return Manifest(
-        name="tiny", sha256="0" * 64, objective="dino", architecture="ViT", parameters=1000, image_size=32,
-        patch_size=4, embedding_dim=96, num_heads=3, prefix_tokens=1, recommended="cls",
-        transform=Transform(resize=36, crop=32), data="noise", recipe="none", commit="none", license="CC0-1.0",
-    )  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 from onnx import numpy_helper
 
 from patchsight_serve.errors import BundleError
-from patchsight_serve.manifest import sha256_of
+from patchsight_serve.manifest import Manifest, sha256_of
 from patchsight_serve.ort_encoder import OrtEncoder
 
 
@@ -118,3 +118,10 @@ def test_a_provider_that_cannot_start_is_not_replaced_silently(tiny_bundle: Path
         assert "no usable CUDAExecutionProvider" in error.message  # noqa: PT017 - a machine with a GPU may load it
     else:
         assert encoder._session.get_providers()[0] == wanted[0]
+
+
+def test_younger_fields_leave_older_bundles_as_they_are(manifest: Manifest) -> None:
+    """A bundle from before them says nothing of them in its graph, and must go on loading."""
+    assert not {"precision", "dynamic_size"} & set(json.loads(manifest.metadata()))
+    told = json.loads(manifest.model_copy(update={"precision": "int8", "dynamic_size": True}).metadata())
+    assert (told["precision"], told["dynamic_size"]) == ("int8", True)

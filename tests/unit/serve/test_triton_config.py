@@ -3,8 +3,8 @@
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup, ModelQueuePolicy
 
-from patchsight_export.triton import config_pbtxt
 from patchsight_serve.manifest import Manifest
+from patchsight_serve.triton_config import config_pbtxt
 
 GOLDEN = """\
 # Written by patchsight-export. What this encoder is: encoder.json.
