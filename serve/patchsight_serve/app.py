@@ -1,7 +1,7 @@
 """The HTTP application: routes, middleware, and the one place where errors become status codes."""
 
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -18,7 +18,8 @@ from patchsight_serve.batcher import Batcher
 from patchsight_serve.bodies import BodyLimits
 from patchsight_serve.collection import Galleries
 from patchsight_serve.decode import Limits
-from patchsight_serve.encoder import Encoder
+from patchsight_serve.encoder import Described, Encoder, RemoteEncoder
+from patchsight_serve.engine import Engine
 from patchsight_serve.errors import BundleError, InvalidRequest, NotReady, PatchsightError
 from patchsight_serve.metrics import Metrics
 from patchsight_serve.observe import Observe
@@ -36,8 +37,8 @@ An error is always `{"error": {"code", "message", "param"}}`. Every reply has an
 """
 
 
-def create_app(encoders: Mapping[str, Encoder], settings: ServeSettings) -> FastAPI:
-    """The application around loaded encoders. Their workers start and end with its lifespan.
+def create_app(encoders: Mapping[str, Encoder | RemoteEncoder], settings: ServeSettings) -> FastAPI:
+    """The application around loaded encoders, each with an engine that starts and ends with its lifespan.
 
     Raises BundleError if `settings.encoder` is not among them.
     """
@@ -71,17 +72,17 @@ def create_app(encoders: Mapping[str, Encoder], settings: ServeSettings) -> Fast
     return app
 
 
-def _service(encoders: Mapping[str, Encoder], settings: ServeSettings) -> Service:
+def _service(encoders: Mapping[str, Encoder | RemoteEncoder], settings: ServeSettings) -> Service:
     metrics = Metrics()
-    batchers = {}
+    engines: dict[str, Engine] = {}
     for name, encoder in encoders.items():
-        observe = metrics.batch_size.labels(name).observe
-        batchers[name] = batcher = Batcher(encoder, settings.max_batch, settings.max_queue, on_batch=observe)
-        metrics.watch_queue(name, lambda batcher=batcher: batcher.admitted)  # type: ignore[misc]
+        engines[name] = engine = _engine(encoder, settings, metrics.batch_size.labels(name).observe)
+        metrics.watch_queue(name, lambda engine=engine: engine.admitted)  # type: ignore[misc]
+    described: dict[str, Described] = dict(encoders)
     pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
     return Service(
-        encoders=dict(encoders),
-        batchers=batchers,
+        encoders=described,
+        engines=engines,
         settings=settings,
         limits=Limits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_pixels),
         body_limits=BodyLimits(settings.max_body_bytes, settings.max_images, settings.timeout_s),
@@ -90,13 +91,21 @@ def _service(encoders: Mapping[str, Encoder], settings: ServeSettings) -> Servic
     )
 
 
+def _engine(encoder: Encoder | RemoteEncoder, settings: ServeSettings, on_batch: Callable[[int], object]) -> Engine:
+    if isinstance(encoder, RemoteEncoder):
+        from patchsight_serve.triton_engine import TritonEngine  # only now: gRPC takes its time to load
+
+        return TritonEngine(encoder, settings.max_queue, on_batch, settings.triton_channels, settings.triton_probe_s)
+    return Batcher(encoder, settings.max_batch, settings.max_queue, on_batch)
+
+
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     service: Service = app.state.service
     async with AsyncExitStack() as stack:
         stack.callback(service.pool.shutdown, wait=False, cancel_futures=True)
-        for batcher in service.batchers.values():
-            await stack.enter_async_context(batcher)
+        for engine in service.engines.values():
+            await stack.enter_async_context(engine)
         try:
             await service.prove_ready()  # the first inference is slow: better now than for a user
         except NotReady as error:

@@ -10,20 +10,18 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 
-from patchsight_serve.encoder import Encoder, Pixels, Values
-from patchsight_serve.errors import DeadlineExceeded, NotReady, Overloaded, PatchsightError
+from patchsight_serve.encoder import Encoder, Pixels
+from patchsight_serve.engine import Admission, Result, probe
+from patchsight_serve.errors import NotReady, PatchsightError
 from patchsight_serve.timing import Timing
 
 logger = logging.getLogger(__name__)
-
-Result = Mapping[str, Values] | PatchsightError
 
 
 @dataclass(eq=False)
@@ -37,7 +35,7 @@ class _Item:
     finished: float = 0.0
 
 
-class Batcher:
+class Batcher(Admission):
     """One encoder, its queue, and the one thread that runs it. All methods belong to one event loop.
 
     heartbeat: `time.monotonic()` of the last batch that the encoder ran without failing; -inf before the first, and
@@ -52,12 +50,10 @@ class Batcher:
         on_batch: Callable[[int], object] = lambda _: None,
     ) -> None:
         self.encoder = encoder
+        super().__init__(max_queue)
         self.max_batch = max_batch
-        self.max_queue = max_queue
-        self.admitted = 0  # images of all admitted requests: being decoded, waiting or in the encoder
         self.heartbeat = float("-inf")
         self._on_batch = on_batch  # told the size of each batch, in the worker's thread
-        self._rate = 0.0  # images per second, smoothed; 0 until the first batch
         self._queue: deque[_Item] = deque()
         self._running: list[_Item] = []  # the batch in the encoder
         self._wake = threading.Condition()
@@ -88,35 +84,8 @@ class Batcher:
 
     # Requests, on the event loop
 
-    @asynccontextmanager
-    async def admit(self, images: int, timeout_s: float) -> AsyncIterator[None]:
-        """Hold `images` places for the block, which has `timeout_s` seconds.
-
-        Raises Overloaded at once, and holds none, if there are not as many places; DeadlineExceeded when time is up.
-        """
-        if self.admitted + images > self.max_queue:
-            wait_s = self.admitted / self._rate if self._rate else 1.0
-            raise Overloaded(
-                f"{self.admitted} images are in work, {images} more would pass the limit of {self.max_queue}",
-                retry_after_s=int(min(max(wait_s + 1, 1), 60)),
-            )
-        self.admitted += images
-        try:
-            async with asyncio.timeout(timeout_s):
-                yield
-        except TimeoutError:
-            raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
-        finally:
-            self.admitted -= images
-
     async def run(self, images: Sequence[Pixels], outputs: Sequence[str]) -> tuple[list[Result], Timing]:
-        """Encode images that are already admitted.
-
-        images: each uint8 `(H, W, 3)` as the encoder's manifest says. outputs: names in the graph.
-
-        Returns a result per image, in order: each output without the batch axis, or the image's error. Cancelling
-        takes the images out of the queue. Raises NotReady if the worker is not running.
-        """
+        """As in `Engine`. Cancelling takes the images out of the queue. Raises NotReady if the worker is dead."""
         if not self.alive:
             raise NotReady(f"the worker of encoder {self.encoder.manifest.name!r} is not running")
         loop = asyncio.get_running_loop()
@@ -137,16 +106,11 @@ class Batcher:
         return list(results), Timing(queue=started - submitted, infer=finished - started)
 
     async def prove(self, max_age_s: float, timeout_s: float) -> None:
-        """Return once the encoder is known to work: by a batch at most `max_age_s` old, or else by one run now.
-
-        Raises NotReady if it does not answer in time, or answers with an error.
-        """
+        """As in `Engine`."""
         async with self._proving:  # a hundred probes at once make one inference
             if self.alive and time.monotonic() - self.heartbeat <= max_age_s:
                 return
-            side = self.encoder.manifest.transform.crop
-            gray = np.full((side, side, 3), 128, np.uint8)
-            name = next(iter(self.encoder.manifest.outputs))
+            gray, name = probe(self.encoder.manifest)
             try:
                 async with asyncio.timeout(timeout_s):
                     (result,), _ = await self.run([gray], [name])
@@ -197,8 +161,7 @@ class Batcher:
             return [error if isinstance(error, PatchsightError) else _failed()]
         finished = time.perf_counter()
         self.heartbeat = time.monotonic()
-        rate = len(batch) / (finished - started + 1e-9)
-        self._rate = 0.8 * self._rate + 0.2 * rate if self._rate else rate
+        self.encoded(len(batch), finished - started)
         self._on_batch(len(batch))
         return [{name: values[name][i] for name in item.outputs} for i, item in enumerate(batch)]
 

@@ -4,17 +4,19 @@ Needs no torch, so that it can be asked where the bundle is served. That the num
 was shown when it was exported; here it is shown that they are still numbers, and depend on the image alone.
 """
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from patchsight_serve.encoder import Pixels, Values
 from patchsight_serve.errors import BundleError
 from patchsight_serve.manifest import Manifest
 from patchsight_serve.ort_encoder import OrtEncoder
 from patchsight_serve.trial_pictures import BATCHES, noise, photos
+from patchsight_serve.triton_config import manifest_of
 
 LIMIT = 1e-4  # of max|a − b| / max|b|, of an image alone and in a batch
 
@@ -50,10 +52,12 @@ def _check_triton(bundle: Path, manifest: Manifest) -> None:
     path = bundle / "config.pbtxt"
     if not path.is_file():
         raise BundleError(f"{manifest.name}: config.pbtxt is missing, Triton cannot serve it; export the encoder again")
-    names = re.findall(r'\bname: "([^"]*)"', path.read_text())
-    for needed in (manifest.name, "image", *manifest.outputs):
-        if needed not in names:
-            raise BundleError(f"{manifest.name}: config.pbtxt does not name {needed!r}; export the encoder again")
+    try:
+        told = manifest_of(text_format.Parse(path.read_text(), ModelConfig()))
+    except text_format.ParseError as error:
+        raise BundleError(f"{manifest.name}: config.pbtxt is no configuration of a model: {error}") from None
+    if told is None or told.metadata() != manifest.metadata() or told.sha256 != manifest.sha256:
+        raise BundleError(f"{manifest.name}: config.pbtxt tells of another encoder; export the encoder again")
 
 
 def _differences(encoder: OrtEncoder, images: Pixels) -> Iterator[float]:

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 DEFAULT_FILE = Path("patchsight.toml")
-TABLES = ("train", "eval", "finetune", "export", "serve", "embed", "knn", "models")
+TABLES = ("train", "eval", "finetune", "export", "serve", "embed", "knn", "models", "triton")
 
 
 class CommandSettings(BaseSettings):

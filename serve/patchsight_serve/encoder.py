@@ -1,6 +1,7 @@
 """What the server asks of an engine that runs an encoder. ONNX Runtime and the fake pass the same tests of it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,12 +12,16 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 Values = np.ndarray[Any, np.dtype[np.float32]]
 
 
-class Encoder(Protocol):
-    """One encoder, ready to run. `run` may be called from any thread, from one thread at a time."""
+class Described(Protocol):
+    """An encoder, wherever it runs."""
 
     @property
     def manifest(self) -> Manifest:
         """What the encoder promises: names and shapes of its outputs, and the transform of its input."""
+
+
+class Encoder(Described, Protocol):
+    """One encoder in this process. `run` may be called from any thread, from one thread at a time."""
 
     def run(self, images: Pixels, outputs: Sequence[str]) -> dict[str, Values]:
         """Encode a batch.
@@ -28,7 +33,15 @@ class Encoder(Protocol):
         """
 
 
-def default_name(encoders: Mapping[str, Encoder]) -> str:
+@dataclass(frozen=True)
+class RemoteEncoder:
+    """An encoder that an NVIDIA Triton runs."""
+
+    manifest: Manifest
+    address: str  # grpc://HOST:PORT
+
+
+def default_name(encoders: Mapping[str, Described]) -> str:
     """Which encoder is meant where none is named: the one that sees the largest pictures, as what people send are
     photos; of those the one with the most parameters; of equals the first."""
 

@@ -1,4 +1,4 @@
-"""patchsight-models: what is in a model repository; list, show, verify, remove."""
+"""patchsight-models: what is in a model repository; list, show, verify, remove, and for Triton."""
 
 import json
 import sys
@@ -14,19 +14,26 @@ from patchsight_serve.errors import InvalidRequest, PatchsightError
 from patchsight_serve.manifest import default_repository
 
 PROG = "patchsight-models"
+Backend = Literal["onnxruntime", "python"]  # as in triton_config, which takes gRPC along
 
 
 class ModelsSettings(CommandSettings):
     """Look after a model repository. list: all encoders, a line each. show NAME: the model card, as Markdown. verify
-    [NAME …]: every file against the others, and the graph by running it. remove NAME …: for good."""
+    [NAME …]: every file against the others, and the graph by running it. remove NAME …: for good. triton [NAME …]: as
+    models for Triton's python backend, or with TensorRT; its onnxruntime backend takes the repository as it is."""
 
     model_config = SettingsConfigDict(env_prefix="PATCHSIGHT_", cli_shortcuts={"as-json": "json"})
     table: ClassVar[str] = "models"
 
-    action: CliPositionalArg[Literal["list", "show", "verify", "remove"]]
+    action: CliPositionalArg[Literal["list", "show", "verify", "remove", "triton"]]
     names: CliPositionalArg[list[str]] = Field([], description="encoders, by the names of their folders")
     model_repository: Path = Field(
         default_factory=default_repository, description="folder with one encoder bundle per subfolder"
+    )
+    to: Path = Field(Path("triton_models"), description="triton: folder to write the models into")
+    backend: Backend = Field("python", description="triton: what runs the graph there")
+    tensorrt_cache: str | None = Field(
+        None, description="triton: run on TensorRT in fp16, and keep its engines in this folder of Triton's machine"
     )
     as_json: CliToggleFlag[bool] = Field(False, description="list, show: print JSON, for programs")
 
@@ -35,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse and do. Exits with 2 on a wrong setting, 1 if an encoder is damaged or not there."""
     settings = ModelsSettings.from_command_line(PROG, sys.argv[1:] if argv is None else argv)
     actions: dict[str, Callable[[ModelsSettings], bool]] = {
-        "list": list_all, "show": show, "verify": verify, "remove": remove,
+        "list": list_all, "show": show, "verify": verify, "remove": remove, "triton": triton,
     }  # fmt: skip
     try:
         sound = actions[settings.action](settings)
@@ -99,6 +106,21 @@ def remove(settings: ModelsSettings) -> bool:
         bundle.rename(gone)
         shutil.rmtree(gone)
         print(f"removed {bundle}")
+    return True
+
+
+def triton(settings: ModelsSettings) -> bool:
+    """All, where none is named."""
+    from patchsight_serve.repository import bundles
+    from patchsight_serve.triton_models import write_triton_models
+
+    if settings.tensorrt_cache is not None and settings.backend != "onnxruntime":
+        raise InvalidRequest("--tensorrt-cache needs --backend onnxruntime: the python backend has no TensorRT")
+    chosen = named(settings) if settings.names else bundles(settings.model_repository)
+    if not chosen:
+        raise InvalidRequest(f"{settings.model_repository}: no encoder there")
+    for model in write_triton_models(chosen, settings.to, settings.backend, settings.tensorrt_cache):
+        print(f"wrote {model}")
     return True
 
 

@@ -3,12 +3,14 @@
 import logging
 import signal
 import time
+from collections.abc import Mapping
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
 from patchsight_serve.app import create_app
+from patchsight_serve.encoder import Encoder, RemoteEncoder
 from patchsight_serve.repository import load_encoders
 from patchsight_serve.service import Service
 from patchsight_serve.settings import ServeSettings
@@ -51,10 +53,18 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
+def _encoders(settings: ServeSettings) -> Mapping[str, Encoder | RemoteEncoder]:
+    if settings.triton is None:
+        return load_encoders(settings.model_repository, settings.threads)
+    from patchsight_serve.triton_discovery import find_encoders  # gRPC takes its time to load
+
+    return find_encoders(settings.triton, settings.triton_start_s)
+
+
 def serve(settings: ServeSettings) -> None:
-    """Serve until told to stop. Raises BundleError if an encoder cannot be loaded."""
+    """Serve until told to stop. Raises BundleError if an encoder cannot be loaded, or no Triton answers."""
     logger.info("settings\n%s", settings.describe())
-    encoders = load_encoders(settings.model_repository, settings.threads)
+    encoders = _encoders(settings)
     for encoder in encoders.values():
         m = encoder.manifest
         (numbers,) = m.outputs[f"{m.recommended}_embedding"]

@@ -11,10 +11,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from patchsight_serve.batcher import Batcher
 from patchsight_serve.bodies import BodyLimits
 from patchsight_serve.decode import Limits, decode
-from patchsight_serve.encoder import Encoder, Pixels, Values, default_name
+from patchsight_serve.encoder import Described, Pixels, Values, default_name
+from patchsight_serve.engine import Engine
 from patchsight_serve.errors import DeadlineExceeded, InvalidRequest, NotFound, NotReady, Overloaded, PatchsightError
 from patchsight_serve.manifest import Manifest
 from patchsight_serve.metrics import Metrics
@@ -66,10 +66,10 @@ def to_unit_length(vectors: Values) -> Values:
 
 @dataclass
 class Service:
-    """The loaded encoders with a queue each, and the threads that decode. One per process, on one event loop."""
+    """The loaded encoders with an engine each, and the threads that decode. One per process, on one event loop."""
 
-    encoders: dict[str, Encoder]
-    batchers: dict[str, Batcher]
+    encoders: dict[str, Described]
+    engines: dict[str, Engine]
     settings: ServeSettings
     limits: Limits  # of one image
     body_limits: BodyLimits  # of one request
@@ -77,7 +77,7 @@ class Service:
     metrics: Metrics
     draining: bool = False  # told to stop: not ready any more, but requests are still answered
 
-    def encoder(self, name: str | None = None) -> Encoder:
+    def encoder(self, name: str | None = None) -> Described:
         """The encoder of that name; None is the default one. Raises NotFound."""
         name = name or self.default_encoder
         if name not in self.encoders:
@@ -93,7 +93,7 @@ class Service:
         """Return if requests can be answered right now. Raises NotReady."""
         if self.draining:
             raise NotReady("the server is shutting down")
-        proofs = (b.prove(self.settings.ready_age_s, PROOF_TIMEOUT_S) for b in self.batchers.values())
+        proofs = (e.prove(self.settings.ready_age_s, PROOF_TIMEOUT_S) for e in self.engines.values())
         await asyncio.gather(*proofs)
 
     async def embed_images(
@@ -139,7 +139,7 @@ class Service:
         Raises Overloaded at once if there are not enough places, DeadlineExceeded after `settings.timeout_s`.
         """
         try:
-            async with self.batchers[encoder_name].admit(images, self.settings.timeout_s):
+            async with self.engines[encoder_name].admit(images, self.settings.timeout_s):
                 yield
         except (DeadlineExceeded, Overloaded) as error:
             self.metrics.rejected.labels(error.code).inc(images)
@@ -182,7 +182,7 @@ class Service:
         """Encode decoded images for which `admitted` holds places. Outputs have the graph's names."""
         if not images:
             return []
-        results, spent = await self.batchers[encoder_name].run(images, outputs)
+        results, spent = await self.engines[encoder_name].run(images, outputs)
         self.metrics.queue.observe(spent.queue)
         self.metrics.infer.observe(spent.infer)
         self.metrics.images.labels(encoder_name).inc(len(images))

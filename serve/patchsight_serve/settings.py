@@ -3,10 +3,11 @@
 
 import ipaddress
 import os
+import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from patchsight_serve.config import CommandSettings
@@ -14,6 +15,7 @@ from patchsight_serve.manifest import default_repository
 
 MEBIBYTE = 1024 * 1024
 Positive = Annotated[int, Field(gt=0)]
+GRPC = re.compile(r"grpcs?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):\d{1,5}")
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -52,6 +54,14 @@ class ServeSettings(CommandSettings):
     )
     drain_timeout_s: Positive = Field(30, description="seconds that requests in work have to finish at shutdown")
 
+    triton: str | None = Field(
+        None,
+        description="grpc://HOST:PORT of an NVIDIA Triton that runs the encoders (default: this process does)",
+    )
+    triton_channels: Positive = Field(4, description="connections to Triton, for each encoder")
+    triton_probe_s: Seconds = Field(0.5, description="seconds without an answer of Triton, after which it is probed")
+    triton_start_s: Seconds = Field(30.0, description="seconds to wait for Triton at the start")
+
     threads: Positive | None = Field(None, description="threads of one inference (default: one per core)")
     decode_threads: Positive = Field(os.cpu_count() or 1, description="images decoded at the same time")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line to log")
@@ -66,6 +76,13 @@ class ServeSettings(CommandSettings):
                 "PATCHSIGHT_ALLOW_ANONYMOUS=1 to let anybody in"
             )
         return self
+
+    @field_validator("triton")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        if value is not None and not GRPC.fullmatch(value):
+            raise ValueError("not the address of Triton's gRPC interface; write grpc://HOST:PORT, or grpcs:// for TLS")
+        return value
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from patchsight_serve.encoder import Encoder
+from patchsight_serve.encoder import Described
 from patchsight_serve.replies import json_reply
 from patchsight_serve.schemas import EncoderInfo, EncoderList, ErrorReply
 from patchsight_serve.service import Service, available
@@ -62,7 +62,7 @@ async def metrics(request: Request) -> Response:
     return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _info(encoder: Encoder, service: Service) -> dict[str, Any]:
+def _info(encoder: Described, service: Service) -> dict[str, Any]:
     manifest = encoder.manifest
     return {
         "name": manifest.name,

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from patchsight_serve.batcher import Batcher, Result
+from patchsight_serve.batcher import Batcher
+from patchsight_serve.engine import Result
 from patchsight_serve.errors import DeadlineExceeded, NotReady, Overloaded, PatchsightError
 from patchsight_serve.fake_encoder import FakeEncoder
 from patchsight_serve.timing import Timing
