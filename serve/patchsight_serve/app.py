@@ -95,7 +95,10 @@ def _engine(encoder: Encoder | RemoteEncoder, settings: ServeSettings, on_batch:
     if isinstance(encoder, RemoteEncoder):
         from patchsight_serve.triton_engine import TritonEngine  # only now: gRPC takes its time to load
 
-        return TritonEngine(encoder, settings.max_queue, on_batch, settings.triton_channels, settings.triton_probe_s)
+        return TritonEngine(
+            encoder, settings.max_queue, on_batch, settings.triton_channels, settings.triton_probe_s,
+            settings.triton_shared_memory,
+        )  # fmt: skip
     return Batcher(encoder, settings.max_batch, settings.max_queue, on_batch)
 
 

@@ -60,6 +60,7 @@ class ServeSettings(CommandSettings):
     )
     triton_channels: Positive = Field(4, description="connections to Triton, for each encoder")
     triton_probe_s: Seconds = Field(0.5, description="seconds without an answer of Triton, after which it is probed")
+    triton_shared_memory: bool = Field(True, description="share memory with a Triton on this host, for large calls")
     triton_start_s: Seconds = Field(30.0, description="seconds to wait for Triton at the start")
 
     threads: Positive | None = Field(None, description="threads of one inference (default: one per core)")

@@ -108,6 +108,10 @@ class Triton:
         return self._clients[0]
 
 
+def on_this_host(address: str) -> bool:
+    return urlsplit(address).hostname in ("localhost", "127.0.0.1", "::1")
+
+
 async def said(call: Awaitable[T]) -> T:
     """The call's result, or its failure as one of our errors."""
     try:

@@ -5,6 +5,7 @@ them, so that Triton does no work that nobody waits for.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
@@ -19,15 +20,18 @@ from patchsight_serve.engine import Admission, Result, deadline, probe
 from patchsight_serve.errors import DeadlineExceeded, NotReady
 from patchsight_serve.pace import Pace
 from patchsight_serve.timing import Timing
-from patchsight_serve.triton_client import Triton, TritonFailure
+from patchsight_serve.triton_client import Triton, TritonFailure, on_this_host
 from patchsight_serve.triton_config import INTERACTIVE, MAX_BATCH, PROBE
 from patchsight_serve.triton_health import TritonHealth
+from patchsight_serve.triton_memory import Slot, TritonMemory
 
 LARGE = 1 << 18  # bytes of pixels; copying more would hold the event loop up
+SHARED = 1 << 20  # bytes of pixels and outputs, from which on shared memory is worth its handling
 
 
 class TritonEngine(Admission):
-    """As in `Engine`, on `channels` connections. probe_s: how long silence is trusted before a probe is sent."""
+    """As in `Engine`, on `channels` connections. probe_s: how long silence is trusted before a probe is
+    sent. memory: share it with a Triton on this host."""
 
     def __init__(
         self,
@@ -36,6 +40,7 @@ class TritonEngine(Admission):
         on_batch: Callable[[int], object] = lambda _: None,
         channels: int = 4,
         probe_s: float = 0.5,
+        memory: bool = True,
     ) -> None:
         super().__init__(max_queue)
         self.manifest = model.manifest
@@ -43,10 +48,13 @@ class TritonEngine(Admission):
         self._triton = Triton(model.address, channels)
         self._pace = Pace()
         self.health = TritonHealth(self._triton, self.manifest.name, self._probe, self._pace, probe_s)
+        self._memory = TritonMemory(self._triton, self.manifest) if memory and on_this_host(model.address) else None
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         await self._stack.enter_async_context(self._triton)
+        if self._memory is not None:
+            self._stack.push_async_callback(self._memory.aclose)
         watch = asyncio.create_task(self.health.watch(), name=f"watch {self.manifest.name}")
 
         async def end() -> None:
@@ -113,32 +121,48 @@ class TritonEngine(Admission):
         self, images: Sequence[Pixels], outputs: Sequence[str], timeout_s: float, priority: int
     ) -> dict[str, Values]:
         """`(n, *shape)` of each output. Raises also TritonFailure where Triton answers with something else."""
+        size = sum(image.nbytes for image in images)
+        size += sum(4 * len(images) * math.prod(self.manifest.outputs[name]) for name in outputs)
+        if self._memory is None or size < SHARED:
+            values = await self._over_grpc(images, outputs, timeout_s, priority)
+        else:
+            async with self._memory.slot() as slot:
+                if slot is None:
+                    values = await self._over_grpc(images, outputs, timeout_s, priority)
+                else:
+                    values = await self._over_memory(slot, images, outputs, timeout_s, priority)
+        self.health.succeeded()
+        return values
+
+    async def _over_grpc(
+        self, images: Sequence[Pixels], outputs: Sequence[str], timeout_s: float, priority: int
+    ) -> dict[str, Values]:
         if sum(image.nbytes for image in images) > LARGE:
             image = await asyncio.to_thread(_image, images)
         else:
             image = _image(images)
         wanted = [InferRequestedOutput(name) for name in outputs]
-        self._pace.left(len(images))
-        answer = None
+        answer = await self._answer(image, wanted, timeout_s, priority)
+        return {name: _values(answer, name, (len(images), *self.manifest.outputs[name])) for name in outputs}
+
+    async def _over_memory(
+        self, slot: Slot, images: Sequence[Pixels], outputs: Sequence[str], timeout_s: float, priority: int
+    ) -> dict[str, Values]:
+        image = await asyncio.to_thread(slot.image, images)
+        wanted = [slot.output(name, len(images)) for name in outputs]
+        answer = await self._answer(image, wanted, timeout_s, priority)
+        return {name: slot.values(answer, name, len(images)) for name in outputs}
+
+    async def _answer(
+        self, image: InferInput, wanted: Sequence[InferRequestedOutput], timeout_s: float, priority: int
+    ) -> InferResult:
+        count, answer = int(image.shape()[0]), None
+        self._pace.left(count)
         try:
             answer = await self._triton.infer(self.manifest.name, [image], wanted, timeout_s, priority)
         finally:
-            self._pace.came(len(images), answered=answer is not None)
-        values = {name: self._values(answer, name, len(images)) for name in outputs}
-        self.health.succeeded()
-        return values
-
-    def _values(self, answer: InferResult, name: str, count: int) -> Values:
-        """A worker that runs under the wrong numpy answers with nothing, and calls that a success."""
-        try:
-            values: Values | None = answer.as_numpy(name)
-        except ValueError as error:  # as many bytes as its shape says it has
-            raise TritonFailure(f"Triton: {name}: {error}", "broken") from None
-        shape = (count, *self.manifest.outputs[name])
-        if values is None or values.shape != shape or values.dtype != np.float32:
-            found = "nothing" if values is None else f"{values.dtype} {values.shape}"
-            raise TritonFailure(f"Triton: {name} is {found}, not float32 {shape}", "broken")
-        return values
+            self._pace.came(count, answered=answer is not None)
+        return answer
 
 
 def _image(images: Sequence[Pixels]) -> InferInput:
@@ -146,3 +170,15 @@ def _image(images: Sequence[Pixels]) -> InferInput:
     image = InferInput("image", pixels.shape, "UINT8")
     image.set_data_from_numpy(pixels)
     return image
+
+
+def _values(answer: InferResult, name: str, shape: tuple[int, ...]) -> Values:
+    """A worker that runs under the wrong numpy answers with nothing, and calls that a success."""
+    try:
+        values: Values | None = answer.as_numpy(name)
+    except ValueError as error:  # as many bytes as its shape says it has
+        raise TritonFailure(f"Triton: {name}: {error}", "broken") from None
+    if values is None or values.shape != shape or values.dtype != np.float32:
+        found = "nothing" if values is None else f"{values.dtype} {values.shape}"
+        raise TritonFailure(f"Triton: {name} is {found}, not float32 {shape}", "broken")
+    return values

@@ -69,7 +69,11 @@ class TritonHealth:
             await self._probe(self._patience())
         except (NotReady, DeadlineExceeded) as error:
             if self.failure is None:
-                logger.error("encoder %s does not work: %s", self._model, error)
+                late = isinstance(error, DeadlineExceeded)
+                logger.log(
+                    logging.WARNING if late else logging.ERROR, "encoder %s is %s: %s", self._model,
+                    "late" if late else "broken", error,
+                )  # fmt: skip
             self.failure = error
             await self._help(error)
         else:
@@ -78,11 +82,11 @@ class TritonHealth:
             self.failure, self._pause_s = None, 0.0
 
     def _patience(self) -> float:
-        """A probe waits for the one batch that runs when it comes: twice what that should take."""
+        """A probe waits for the one batch that runs when it comes, anybody's: twice what a full one should take."""
         pace = self._pace.seconds_per_image
         if self.failure is not None or pace is None:
             return LONG_PATIENCE_S
-        return min(max(PATIENCE_S, 2 * pace * min(self._pace.in_flight, MAX_BATCH)), LONGEST_PATIENCE_S)
+        return min(max(PATIENCE_S, 2 * pace * MAX_BATCH), LONGEST_PATIENCE_S)
 
     async def _wait(self) -> bool:
         try:
