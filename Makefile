@@ -4,12 +4,16 @@ PYTHON ?= python3
 UV := $(shell command -v uv || echo .uv/bin/uv)
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: serve test check acceptance bench lock clean
+.PHONY: serve triton test check acceptance bench lock clean
 
 serve: .serve-venv/.built ## the server with the shipped encoders and a sample gallery, on http://127.0.0.1:8000
 	.serve-venv/bin/patchsight-serve
 
-test: .venv/.built ## every test, in under 12 minutes on 2 cores
+triton: .serve-venv/.built .triton-venv/.built ## a real NVIDIA Triton with the shipped encoders, on grpc://127.0.0.1:8011
+	.serve-venv/bin/patchsight-models triton --to .triton-venv/models
+	.serve-venv/bin/python -m patchsight_serve.triton_server .triton-venv .triton-venv/models
+
+test: .venv/.built .triton-venv/.built ## every test, in under 12 minutes on 2 cores
 	.venv/bin/python -m pytest -m "not acceptance"
 
 check: .venv/.built ## lint, types, import directions
@@ -18,7 +22,7 @@ check: .venv/.built ## lint, types, import directions
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
-acceptance: .venv/.built ## the same suites at full counts, and every command of README and docs
+acceptance: .venv/.built .triton-venv/.built ## the same suites at full counts, and every command of README and docs
 	.venv/bin/python -m pytest --durations=15
 
 bench: .venv/.built ## each figure of the README, into benchmarks/results/
@@ -27,9 +31,11 @@ bench: .venv/.built ## each figure of the README, into benchmarks/results/
 lock: $(UV) ## resolve anew: one lock for every extra
 	$(UV) pip compile --quiet --upgrade --universal --generate-hashes --all-extras --group test -p 3.11 \
 	    pyproject.toml -o requirements.lock
+	$(UV) pip compile --quiet --upgrade --universal --generate-hashes --no-deps --group triton -p 3.11 \
+	    -o requirements-triton.lock
 
 clean:
-	rm -rf .venv .serve-venv .uv dist
+	rm -rf .venv .serve-venv .triton-venv .uv dist
 
 # The serving environment: the base install at the locked versions, without torch.
 .serve-venv/.built: pyproject.toml requirements.lock | $(UV)
@@ -45,6 +51,12 @@ clean:
 	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv
 	$(UV) pip sync --quiet --require-hashes --python .venv/bin/python requirements.lock
 	$(UV) pip install --quiet --no-deps --python .venv/bin/python --editable .
+	touch $@
+
+# Triton's environment, for its server and what it runs the models with: another numpy than ours.
+.triton-venv/.built: requirements-triton.lock | $(UV)
+	$(UV) venv --quiet --allow-existing --python $(PYTHON) .triton-venv
+	$(UV) pip sync --quiet --require-hashes --python .triton-venv/bin/python requirements-triton.lock
 	touch $@
 
 .uv/bin/uv:

@@ -1,8 +1,9 @@
 """How long an image takes an engine that is somewhere else, seen from here: what silence is judged by."""
 
+import math
 import time
 
-MEMORY = 0.98  # of what was seen before, at each answer
+MEMORY_S = 5.0  # of work; what is older fades
 
 
 class Pace:
@@ -25,8 +26,10 @@ class Pace:
         """They are back, with an answer or without."""
         now = time.perf_counter()
         if answered:
-            self._seconds = MEMORY * self._seconds + now - self._since
-            self._images = MEMORY * self._images + images
+            passed = now - self._since
+            fade = math.exp(-passed / MEMORY_S)  # by time: answers that come together count alike
+            self._seconds = fade * self._seconds + passed
+            self._images = fade * self._images + images
         self._since = now
         self.in_flight -= images
 

@@ -18,7 +18,7 @@ OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_LIMIT),
     ("grpc.use_local_subchannel_pool", 1),  # otherwise all channels to one address share one connection
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 2000),  # which is also how long an attempt may take
     ("grpc.max_reconnect_backoff_ms", 1000),  # gRPC's own is two minutes
     ("grpc.keepalive_time_ms", 10_000),  # finds out about a host that is gone without a word
     ("grpc.keepalive_timeout_ms", 5000),

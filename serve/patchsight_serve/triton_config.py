@@ -17,7 +17,7 @@ Backend = Literal["onnxruntime", "python"]
 
 MAX_BATCH = 64  # images per run, as many as one request may bring to the server
 QUEUE_SIZE = 256  # requests that wait; the next one is refused at once, so that overload stays short
-QUEUE_TIMEOUT_S = 5  # a request may ask for less
+QUEUE_TIMEOUT_S = 30  # as the server's own limit; a request may ask for less, and the gateway does
 # Levels of priority, the first goes first. A probe that waits behind the load it is to judge would always fail.
 PROBE, INTERACTIVE, BULK = 1, 2, 3
 PARAMETER = "patchsight"  # the config's parameter that holds the manifest

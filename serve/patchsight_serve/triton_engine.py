@@ -1,14 +1,18 @@
-"""One encoder on a Triton server. Triton makes the batches, of the requests of all gateways; nothing waits here.
+"""One encoder on a Triton server. A call takes whatever waits at the moment a channel is free; Triton joins the calls
+of all gateways into its batches.
 
-A request's images go in one call, or a few where they are more than a batch. Its deadline and its cancellation go with
-them, so that Triton does no work that nobody waits for.
+So 64 requests at once are a few calls, and a lone one waits for nobody. Deadlines and cancellations go along: a call
+that nobody waits for any more is cancelled, and Triton does not run what it has not begun.
 """
 
 import asyncio
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -17,7 +21,7 @@ from tritonclient.grpc.aio import InferResult
 
 from patchsight_serve.encoder import Pixels, RemoteEncoder, Values
 from patchsight_serve.engine import Admission, Result, deadline, probe
-from patchsight_serve.errors import DeadlineExceeded, NotReady
+from patchsight_serve.errors import DeadlineExceeded, NotReady, PatchsightError
 from patchsight_serve.pace import Pace
 from patchsight_serve.timing import Timing
 from patchsight_serve.triton_client import Triton, TritonFailure, on_this_host
@@ -25,13 +29,28 @@ from patchsight_serve.triton_config import INTERACTIVE, MAX_BATCH, PROBE
 from patchsight_serve.triton_health import TritonHealth
 from patchsight_serve.triton_memory import Slot, TritonMemory
 
+NO_DEADLINE_S = 30.0  # outside of any request
 LARGE = 1 << 18  # bytes of pixels; copying more would hold the event loop up
 SHARED = 1 << 20  # bytes of pixels and outputs, from which on shared memory is worth its handling
 
 
+@dataclass(eq=False)
+class _Item:
+    """One image on its way through."""
+
+    image: Pixels
+    outputs: tuple[str, ...]
+    future: asyncio.Future[Result]
+    deadline: float  # of the event loop's clock
+    started: float = 0.0  # perf_counter when its call left
+    finished: float = 0.0
+
+
 class TritonEngine(Admission):
-    """As in `Engine`, on `channels` connections. probe_s: how long silence is trusted before a probe is
-    sent. memory: share it with a Triton on this host."""
+    """As in `Engine`, on `channels` connections with a call each at most.
+
+    probe_s: how long silence is trusted before a probe is sent. memory: share it with a Triton on this host.
+    """
 
     def __init__(
         self,
@@ -46,6 +65,9 @@ class TritonEngine(Admission):
         self.manifest = model.manifest
         self._on_batch = on_batch  # told the size of each call that succeeded
         self._triton = Triton(model.address, channels)
+        self._channels = channels
+        self._queue: deque[_Item] = deque()
+        self._calls: set[asyncio.Task[None]] = set()
         self._pace = Pace()
         self.health = TritonHealth(self._triton, self.manifest.name, self._probe, self._pace, probe_s)
         self._memory = TritonMemory(self._triton, self.manifest) if memory and on_this_host(model.address) else None
@@ -58,9 +80,9 @@ class TritonEngine(Admission):
         watch = asyncio.create_task(self.health.watch(), name=f"watch {self.manifest.name}")
 
         async def end() -> None:
-            watch.cancel()
-            with suppress(asyncio.CancelledError):
-                await watch
+            for task in (watch, *self._calls):
+                task.cancel()
+            await asyncio.gather(watch, *self._calls, return_exceptions=True)
 
         self._stack.push_async_callback(end)
         return self
@@ -69,27 +91,21 @@ class TritonEngine(Admission):
         await self._stack.aclose()
 
     async def run(self, images: Sequence[Pixels], outputs: Sequence[str]) -> tuple[list[Result], Timing]:
-        """As in `Engine`. Images stand and fall together: Triton gives one answer to a call."""
+        """As in `Engine`. Images of one call stand and fall together, as Triton gives it one answer."""
         # At once: what is known not to work is not worth a client's wait. What is merely late may be busy.
         if isinstance(self.health.failure, NotReady):
             raise NotReady(f"encoder {self.manifest.name!r} is being brought back: {self.health.failure}")
-        started = time.perf_counter()
-        calls = [
-            asyncio.ensure_future(self._call(images[i : i + MAX_BATCH], outputs))
-            for i in range(0, len(images), MAX_BATCH)
-        ]
-        try:
-            answers = await asyncio.gather(*calls)
-        except BaseException:
-            for call in calls:
-                call.cancel()
-            raise
-        seconds = time.perf_counter() - started
-        self.encoded(len(images), seconds)
-        results: list[Result] = [
-            {name: values[name][i] for name in outputs} for values in answers for i in range(len(values[outputs[0]]))
-        ]
-        return results, Timing(infer=seconds)
+        loop, ends = asyncio.get_running_loop(), deadline.get()
+        ends = loop.time() + NO_DEADLINE_S if ends is None else ends
+        items = [_Item(image, tuple(outputs), loop.create_future(), ends) for image in images]
+        submitted = time.perf_counter()
+        self._queue.extend(items)
+        self._pump()
+        results = await asyncio.gather(*(item.future for item in items))  # cancelled, it cancels them all
+        if not items:
+            return [], Timing()
+        started, finished = min(i.started for i in items), max(i.finished for i in items)
+        return list(results), Timing(queue=started - submitted, infer=finished - started)
 
     async def prove(self, max_age_s: float, timeout_s: float) -> None:
         """As in `Engine`; the watch runs the probes."""
@@ -102,16 +118,52 @@ class TritonEngine(Admission):
         if time.monotonic() - self.health.heartbeat > max(max_age_s, timeout_s):
             raise NotReady(f"encoder {self.manifest.name!r} did not answer within {timeout_s:g} s")
 
-    async def _call(self, images: Sequence[Pixels], outputs: Sequence[str]) -> dict[str, Values]:
-        ends = deadline.get()
-        left = 30.0 if ends is None else max(ends - asyncio.get_running_loop().time(), 1e-3)
+    def _pump(self) -> None:
+        """Send what waits, as long as a channel is free."""
+        while len(self._calls) < self._channels and (batch := self._next()):
+            call = asyncio.create_task(self._call(batch))
+            self._calls.add(call)
+            call.add_done_callback(self._returned)
+            for item in batch:
+                item.future.add_done_callback(partial(_give_up, batch, call))
+
+    def _next(self) -> list[_Item]:
+        """The head of the queue, and those behind it that fit into its call: equal outputs, equal size. The others
+        keep their order. Images that were given up are dropped."""
+        waiting = [item for item in self._queue if not item.future.done()]
+        head = waiting[0] if waiting else None
+        batch: list[_Item] = []
+        self._queue = deque()
+        for item in waiting:
+            assert head is not None
+            fits = item.outputs == head.outputs and item.image.shape == head.image.shape
+            (batch if fits and len(batch) < MAX_BATCH else self._queue).append(item)
+        return batch
+
+    def _returned(self, call: asyncio.Task[None]) -> None:
+        self._calls.discard(call)
+        self._pump()
+
+    async def _call(self, batch: Sequence[_Item]) -> None:
+        """One call to Triton; its answer, or what is wrong, to everybody in it."""
+        started = time.perf_counter()
+        left = max(item.deadline for item in batch) - asyncio.get_running_loop().time()
         try:
-            values = await self._infer(images, outputs, left, INTERACTIVE)
-        except (TritonFailure, DeadlineExceeded):
-            self.health.failed()
-            raise
-        self._on_batch(len(images))
-        return values
+            values = await self._infer([item.image for item in batch], batch[0].outputs, max(left, 1e-3), INTERACTIVE)
+        except PatchsightError as error:
+            if isinstance(error, TritonFailure | DeadlineExceeded):
+                self.health.failed()
+            for item in batch:
+                if not item.future.done():
+                    item.future.set_exception(error)
+            return
+        finished = time.perf_counter()
+        self.encoded(len(batch), finished - started)
+        self._on_batch(len(batch))
+        for i, item in enumerate(batch):
+            item.started, item.finished = started, finished
+            if not item.future.done():
+                item.future.set_result({name: values[name][i] for name in item.outputs})
 
     async def _probe(self, timeout_s: float) -> None:
         gray, name = probe(self.manifest)
@@ -163,6 +215,12 @@ class TritonEngine(Admission):
         finally:
             self._pace.came(count, answered=answer is not None)
         return answer
+
+
+def _give_up(batch: Sequence[_Item], call: asyncio.Task[None], _: object) -> None:
+    """Nobody waits for the call any more: Triton need not run it."""
+    if all(item.future.cancelled() for item in batch):
+        call.cancel()
 
 
 def _image(images: Sequence[Pixels]) -> InferInput:

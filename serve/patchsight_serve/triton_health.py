@@ -39,6 +39,7 @@ class TritonHealth:
         self.failure: PatchsightError | None = None
         self.heartbeat = float("-inf")
         self._triton, self._model, self._probe, self._pace, self._every_s = triton, model, probe, pace, every_s
+        self._began, self._checked = time.monotonic(), float("-inf")
         self._alarm = asyncio.Event()
         self._pause_s = 0.0  # before the model may be loaded anew
         self._pause_ends = float("-inf")
@@ -56,7 +57,7 @@ class TritonHealth:
         while True:
             try:
                 alarmed = await self._wait()
-                if alarmed or self.failure or time.monotonic() - self.heartbeat >= self._every_s:
+                if alarmed or time.monotonic() - max(self.heartbeat, self._checked) >= self._every_s:
                     await self.check()
             except PatchsightError as error:
                 logger.warning("encoder %s: %s", self._model, error)
@@ -80,6 +81,7 @@ class TritonHealth:
             if self.failure is not None:
                 logger.info("encoder %s works again", self._model)
             self.failure, self._pause_s = None, 0.0
+        self._checked = time.monotonic()
 
     def _patience(self) -> float:
         """A probe waits for the one batch that runs when it comes, anybody's: twice what a full one should take."""
@@ -90,7 +92,7 @@ class TritonHealth:
 
     async def _wait(self) -> bool:
         try:
-            async with asyncio.timeout(self._every_s):
+            async with asyncio.timeout(self._every_s / 4):
                 await self._alarm.wait()
         except TimeoutError:
             return False
@@ -99,7 +101,7 @@ class TritonHealth:
 
     async def _help(self, error: PatchsightError) -> None:
         """Load the model anew where that may help, with longer and longer pauses where it does not."""
-        hangs = isinstance(error, DeadlineExceeded) and time.monotonic() - self.heartbeat > HANGING_S
+        hangs = isinstance(error, DeadlineExceeded) and time.monotonic() - max(self.heartbeat, self._began) > HANGING_S
         lost = isinstance(error, TritonFailure) and error.reason != "unreachable"
         if not (hangs or lost) or time.monotonic() < self._pause_ends:
             return

@@ -80,6 +80,7 @@ class TritonMemory:
         """Forget all regions, here and at Triton."""
         for task in self._resting:
             task.cancel()
+        await asyncio.gather(*self._resting, return_exceptions=True)
         self._off = True
         for slot in self._free:
             await self._forget(slot)

@@ -6,6 +6,7 @@ Runtime, and numpy below 2: `make triton` makes it. That server has the python b
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from patchsight_serve.config import CommandSettings, fail
 from patchsight_serve.errors import InvalidRequest, PatchsightError
 
 PROG = "triton_server"
+SHARED_MEMORY = Path("/dev/shm")
 # Where its paths and its Python version are; its own interpreter has to say.
 ASK = (
     "import sys, sysconfig as s; "
@@ -47,12 +49,20 @@ def main() -> None:
         except PatchsightError as error:
             fail(PROG, error.message, status=1)
         print(f"Triton on grpc://{settings.host}:{settings.grpc_port}", flush=True)
-        server = subprocess.Popen(command, env=environment)
+        server = subprocess.Popen(command, env=environment, start_new_session=True)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, _: server.send_signal(number))
         try:
             status = server.wait()
-        except KeyboardInterrupt:  # which the server has received too
-            status = server.wait()
+        finally:
+            for left in SHARED_MEMORY.glob(f"{prefix(os.getpid())}*"):  # by workers that were killed
+                left.unlink(missing_ok=True)
     raise SystemExit(status)
+
+
+def prefix(pid: int) -> str:
+    """Of the names of the shared memory between a server that process `pid` runs and the workers of its models."""
+    return f"patchsight_triton_{pid}_"
 
 
 def prepare(settings: TritonServerSettings, scratch: Path) -> tuple[list[str], dict[str, str]]:
@@ -85,7 +95,8 @@ def prepare(settings: TritonServerSettings, scratch: Path) -> tuple[list[str], d
         f"--backend-directory={scratch / 'backends'}",
         "--model-control-mode=explicit",
         "--load-model=*",
-        "--exit-timeout-secs=5",
+        "--exit-timeout-secs=15",
+        f"--backend-config=python,shm-region-prefix-name={prefix(os.getpid())}",
         *(f"--{name}-address={settings.host}" for name in ports),
         *(f"--{name}-port={port}" for name, port in ports.items()),
     ]
