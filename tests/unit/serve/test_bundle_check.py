@@ -30,8 +30,9 @@ def change_graph(bundle: Path, change: Callable[[onnx.ModelProto], None]) -> Non
     manifest = load_manifest(bundle)
     helper.set_model_props(model, {METADATA_KEY: manifest.metadata()})
     path.write_bytes(model.SerializeToString())
-    text = (bundle / "encoder.json").read_text()
-    (bundle / "encoder.json").write_text(text.replace(manifest.sha256, sha256_of(path)))
+    for name in ("encoder.json", "config.pbtxt"):
+        text = (bundle / name).read_text()
+        (bundle / name).write_text(text.replace(manifest.sha256, sha256_of(path)))
 
 
 def scale(model: onnx.ModelProto, output: str, factor: float) -> None:
@@ -79,9 +80,17 @@ def test_a_graph_that_computes_nonsense_is_found(
 
 def test_triton_s_file_belongs_to_it(bundle: Path) -> None:
     config = bundle / "config.pbtxt"
-    config.write_text(config.read_text().replace("patch_tokens", "tokens"))
-    with pytest.raises(BundleError, match=r"config.pbtxt does not name 'patch_tokens'"):
-        check(bundle)
+    text = config.read_text()
+    for wrong, said in [
+        (text.replace('"patch_tokens", data', '"tokens", data'), "has output 'patch_tokens' as None"),
+        (text.replace('\\"license\\":\\"', '\\"license\\":\\"un'), "tells of another encoder"),
+        (text.partition("parameters")[0], "tells of another encoder"),
+        (text + "}", "config.pbtxt is no configuration of a model"),
+    ]:
+        assert wrong != text
+        config.write_text(wrong)
+        with pytest.raises(BundleError, match=said):
+            check(bundle)
     config.unlink()
     with pytest.raises(BundleError, match=r"config.pbtxt is missing"):
         check(bundle)

@@ -86,8 +86,8 @@ def test_verify_judges_each(capsys: pytest.CaptureFixture[str], repository: Path
     assert capsys.readouterr().out.startswith("mae-vit-cifar10: sound\n  sha256 ")
     run(repository, "verify", status=1)
     told = capsys.readouterr().out
-    assert told.count("DAMAGED") == 3  # a and b have another's config.pbtxt
-    assert "a: DAMAGED\n  a: config.pbtxt does not name 'image'" in told
+    assert told.count("DAMAGED") == 3  # a and b have a config.pbtxt that says nothing of them
+    assert "a: DAMAGED\n  a: config.pbtxt tells of another encoder" in told
     assert "the file was changed" in told
 
 
@@ -110,4 +110,4 @@ def test_a_wrong_name_removes_nothing(repository: Path, names: list[str], capsys
 
 def test_a_wrong_action_is_a_usage_error(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(repository, "delete", "a", status=2)
-    assert "Input should be 'list', 'show', 'verify' or 'remove' (got 'delete')" in capsys.readouterr().err
+    assert "Input should be 'list', 'show', 'verify', 'remove' or 'triton' (got 'delete')" in capsys.readouterr().err

@@ -57,3 +57,18 @@ def test_a_request_must_be_able_to_enter_the_queue(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         parse("--max-images", "300")
     assert "max_images 300 can never enter a queue of max_queue 256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:8001", "http://127.0.0.1:8000", "grpc://host", "grpc://a b:1", "grpc://"]
+)
+def test_an_address_that_is_no_tritons(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        ServeSettings.from_command_line("patchsight-serve", ["--triton", address])
+    assert stopped.value.code == 2
+    assert "write grpc://HOST:PORT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("address", ["grpc://127.0.0.1:8001", "grpcs://triton.models.svc:8001", "grpc://[::1]:8001"])
+def test_an_address_of_triton(address: str) -> None:
+    assert ServeSettings(triton=address).triton == address
