@@ -3,7 +3,7 @@
     python benchmarks/triton_gateway.py
 
 On one machine, Triton's python backend, a server at a time: requests of one photo by 1 and by 32 clients; CPU time of
-the gateway for a call of 64 photos with all outputs, over gRPC and over shared memory; and ten kills of the worker under
+the gateway for a call of 64 photos with all outputs, over gRPC and shared memory; and ten kills of the worker under
 load: until /readyz says no, and until it says yes again. Rounds alternate between the two; load average is noted.
 """
 
