@@ -1,8 +1,8 @@
 """Gathers images of many requests into batches for one encoder. Knows neither HTTP nor image files.
 
 Admission is counted in images and is all or nothing for a request. A batch is whatever waits at the moment the encoder
-is free: nothing ever sleeps to fill one. A batch that fails is run again image by image, so that a bad image takes down
-itself alone, and the worker thread starts again should anything escape from there.
+is free and is of one size: nothing ever sleeps to fill one. A batch that fails is run again image by image, so that a
+bad image takes down itself alone, and the worker thread starts again should anything escape from there.
 """
 
 import asyncio
@@ -173,11 +173,26 @@ class Batcher:
                     self._wake.wait()
                 if not self._queue:
                     return
-                self._running = [self._queue.popleft() for _ in range(min(self.max_batch, len(self._queue)))]
+                self._running = self._take()
             self._running = [item for item in self._running if not item.future.done()]  # the others were given up
             if self._running:
                 self._deliver(self._running, self._encode(self._running))
             self._running = []
+
+    def _take(self) -> list[_Item]:
+        """The next batch out of the queue: images of the first one's shape. All others keep their order.
+
+        Pictures larger than the encoder's own make batches that are smaller by as much, so that memory stays bounded.
+        """
+        shape = self._queue[0].image.shape
+        pixels, own = shape[0] * shape[1], self.encoder.manifest.transform.crop**2
+        room = max(self.max_batch * own // max(pixels, own), 1)
+        taken: list[_Item] = []
+        others: deque[_Item] = deque()
+        for item in self._queue:
+            (taken if len(taken) < room and item.image.shape == shape else others).append(item)
+        self._queue = others
+        return taken
 
     def _encode(self, batch: Sequence[_Item]) -> list[Result]:
         """Results of a batch, one per item; if the batch fails, each item is tried alone."""

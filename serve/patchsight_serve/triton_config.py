@@ -14,16 +14,18 @@ def config_pbtxt(manifest: Manifest) -> str:
 
     Batches form without waiting: what arrives during one run makes up the next. KIND_AUTO is one instance per GPU, or
     one on the CPU where there is none. The warm-up keeps the first request from paying for the engine's setting-up.
+    A size of -1 is any, where the graph takes any; Triton puts images of one size into one batch.
     """
     size = manifest.transform.crop
-    outputs = ",\n".join(f"  {_tensor(name, 'TYPE_FP32', shape)}" for name, shape in manifest.outputs.items())
+    side, shapes = (-1, manifest.outputs_on(-1, -1)) if manifest.dynamic_size else (size, manifest.outputs)
+    outputs = ",\n".join(f"  {_tensor(name, 'TYPE_FP32', shape)}" for name, shape in shapes.items())
     return f"""\
 # Written by patchsight-export. What this encoder is: encoder.json.
 name: "{manifest.name}"
 backend: "onnxruntime"
 max_batch_size: {MAX_BATCH}
 input [
-  {_tensor("image", "TYPE_UINT8", (size, size, 3))}
+  {_tensor("image", "TYPE_UINT8", (side, side, 3))}
 ]
 output [
 {outputs}
