@@ -121,7 +121,8 @@ def test_through_the_command(any_size: Path, run: Path, bundle: Path) -> None:
 
 
 def test_training_begins_from_it(any_size: Path, run: Path) -> None:
-    _, weights = read_vit(any_size / "1" / "model.onnx", load_manifest(any_size))
+    config, weights = read_vit(any_size / "1" / "model.onnx", load_manifest(any_size))
+    assert config == read_run(run).encoder.config
     for name, value in read_run(run).encoder.state_dict().items():
         np.testing.assert_allclose(weights[name].numpy(), value.numpy(), rtol=0, atol=1e-6, err_msg=name)
 

@@ -66,3 +66,18 @@ def test_a_resnet_has_one_output(manifest: Manifest) -> None:
     plain = manifest.model_copy(update={"patch_size": None, "num_heads": None})
     config = text_format.Parse(config_pbtxt(plain), ModelConfig())
     assert [(o.name, tuple(o.dims)) for o in config.output] == [("mean_embedding", (96,))]
+
+
+def test_a_graph_of_any_size(manifest: Manifest) -> None:
+    """-1 is any size to Triton; the warm-up keeps the encoder's own, as it must name one."""
+    config = text_format.Parse(config_pbtxt(manifest.model_copy(update={"dynamic_size": True})), ModelConfig())
+    assert tuple(config.input[0].dims) == (-1, -1, 3)
+    assert {o.name: tuple(o.dims) for o in config.output} == {
+        "cls_embedding": (96,), "mean_embedding": (96,), "attention": (3, -1, -1), "patch_tokens": (-1, -1, 96),
+    }  # fmt: skip
+    assert tuple(config.model_warmup[0].inputs["image"].dims) == (32, 32, 3)
+
+
+def test_rollout_is_one_head(manifest: Manifest) -> None:
+    config = text_format.Parse(config_pbtxt(manifest.model_copy(update={"attention": "rollout"})), ModelConfig())
+    assert {o.name: tuple(o.dims) for o in config.output}["attention"] == (1, 8, 8)
