@@ -39,10 +39,9 @@ def _timm(name: str, settings: ExportSettings) -> tuple[Source, list[str]]:
         near = ", ".join(timm.list_models(f"*{name.split('.')[0][:12]}*")[:5]) or "none like it"
         raise InvalidRequest(f"{TIMM}{name}: timm {timm.__version__} has no such model; there is {near}")
     told: dict[str, Any] = {}
-    if settings.image_size is not None and not name.startswith("resnet"):  # which take any size
-        told["img_size"] = settings.image_size
-    if settings.dynamic_size and not name.startswith("resnet"):
-        told["dynamic_img_size"] = True
+    if timm.models.is_model_in_modules(name.split(".")[0], ("vision_transformer", "eva")):  # ResNets take any size
+        told = {"img_size": settings.image_size} if settings.image_size is not None else {}
+        told |= {"dynamic_img_size": True} if settings.dynamic_size else {}
     if settings.checkpoint is not None:
         read(settings.checkpoint)  # what is wrong with the file is better said by us
         told["pretrained_cfg_overlay"] = {"file": str(settings.checkpoint)}

@@ -1,5 +1,6 @@
 """Graphs for pictures of any size: positions as torch interpolates them, at sizes that nobody traced."""
 
+import io
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from public_layouts import dinov3, randomized, vit
+from starlette.testclient import TestClient
 from torch import Tensor, nn
 
 from patchsight_export.__main__ import main
@@ -18,9 +21,12 @@ from patchsight_export.dynamic_size import TRANSLATIONS
 from patchsight_export.public_encoder import wrap
 from patchsight_export.source import read_run
 from patchsight_export.to_onnx import OUTPUTS, served, to_onnx
+from patchsight_serve.app import create_app
 from patchsight_serve.bundle_check import check
-from patchsight_serve.manifest import load_manifest
+from patchsight_serve.decode import decode
+from patchsight_serve.manifest import Transform, load_manifest
 from patchsight_serve.ort_encoder import OrtEncoder
+from patchsight_serve.settings import ServeSettings
 from patchsight_serve.trial_pictures import noise
 from patchsight_serve.triton_config import config_pbtxt
 from patchsight_train.architecture import ResNetConfig
@@ -154,3 +160,17 @@ def test_what_timm_computes_of_dinov3_s_positions_would_be_tied_to_one_size(monk
     module = served(wrap(dinov3(dynamic_img_size=True), 28, MEAN, STD, "x"))
     model = to_onnx(module, 28, OUTPUTS, dynamic=True)
     assert max(differences(module, model, 56, 21)) > 1e-3
+
+
+def test_it_is_served_at_the_size_that_is_asked_for(any_size: Path) -> None:
+    """What the server answers is what the graph makes of the larger picture."""
+    encoder = OrtEncoder(any_size, threads=1)
+    photo = io.BytesIO()
+    Image.fromarray(noise(50, 1, 70)[0]).save(photo, "PNG")
+    with TestClient(create_app({"x": encoder}, ServeSettings(sample_gallery=False))) as client:
+        headers = {"Content-Type": "image/png", "Accept": "application/octet-stream"}
+        reply = client.post("/attention", content=photo.getvalue(), headers=headers, params={"size": 32, "head": 1})
+    pixels = decode(photo.getvalue(), Transform(resize=32, crop=32))[None]
+    wanted = encoder.run(pixels, ["attention"])["attention"][0, 1]
+    assert reply.headers["X-Shape"] == "8,8"
+    np.testing.assert_array_equal(np.frombuffer(reply.content, "<f4").reshape(8, 8), wanted)

@@ -319,7 +319,11 @@ def test_siglip_by_its_name_in_timm(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "no CLS token; its embedding is the mean" in refused(capsys, tmp_path, *told, "--recommend", "cls")
     assert "no CLS token, and no attention" in refused(capsys, tmp_path, *told, "--attention", "rollout")
     target = tmp_path / "repository" / "x"
-    main([told[0], str(target), *told[1:]])
-    images, cfg = noise(32, 2), model.pretrained_cfg
-    wanted = model.forward_features(normalized(images, cfg["mean"], cfg["std"])).mean(dim=1).numpy()
-    close(OrtEncoder(target, threads=1).run(images, ["mean_embedding"])["mean_embedding"], wanted, 1e-4)
+    main([told[0], str(target), *told[1:], "--dynamic-size"])
+    encoder, cfg = OrtEncoder(target, threads=1), model.pretrained_cfg
+    assert (encoder.manifest.dynamic_size, encoder.manifest.num_heads) == (True, None)
+    for side in (32, 48):  # the second as timm interpolates its positions, once and for all
+        images = noise(side, 2)
+        model.set_input_size(img_size=side)
+        wanted = model.forward_features(normalized(images, cfg["mean"], cfg["std"])).mean(dim=1).numpy()
+        close(encoder.run(images, ["mean_embedding"])["mean_embedding"], wanted, 1e-4)
