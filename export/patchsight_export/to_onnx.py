@@ -33,7 +33,9 @@ class ServedViT(nn.Module):
     registers. Without a CLS token the outputs are `mean_embedding` and `patch_tokens`.
     """
 
-    def __init__(self, encoder: ViT | PublicViT, whiten: Mapping[str, nn.Module], both: bool, attention: Kind) -> None:
+    def __init__(
+        self, encoder: ViT | PublicViT, whiten: Mapping[str, nn.Module], both: bool, attention: Kind = "last"
+    ) -> None:
         super().__init__()
         self.encoder, self.with_both, self.attention = encoder, both, attention
         self.cls, self.mean, self.both = (whiten.get(pooling, nn.Identity()) for pooling in ("cls", "mean", "both"))
