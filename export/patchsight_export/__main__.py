@@ -49,6 +49,7 @@ def export(settings: ExportSettings) -> None:
 
     from rich.console import Console
 
+    from patchsight_export.dynamic_size import other_sizes
     from patchsight_export.half_weights import halve, round_to_half, store_half
     from patchsight_export.to_onnx import served, to_onnx, with_metadata
     from patchsight_export.verify import verify
@@ -63,6 +64,7 @@ def export(settings: ExportSettings) -> None:
         cosine = halve(source.encoder, photos(source.fields["transform"]))
         print(f"weights rounded to fp16: cosine to the original at least {cosine:.6f}")
         source = source.noted("weights rounded to fp16")
+    source = source.serving(settings.attention, settings.dynamic_size)
     if settings.whiten is not None:
         whiten, count = learn_whitening(source.encoder, settings.whiten, Console(), both)
         told = f"ZCA, shrinkage {SHRINKAGE}, by {count:,} images of {Path(settings.whiten).name}"
@@ -73,13 +75,14 @@ def export(settings: ExportSettings) -> None:
     draft = source.manifest(settings.bundle.name, sha256="0" * 64)
     when = f", step {source.step:,}" if source.step else ""
     print(f"{draft.objective}, {draft.architecture}: {draft.parameters / 1e6:.2f} M parameters{when}")
-    module, size = served(source.encoder, whiten, both), draft.transform.crop
-    graph = to_onnx(module, size, tuple(draft.outputs), settings.opset)
+    module, size = served(source.encoder, whiten, both, draft.attention), draft.transform.crop
+    graph = to_onnx(module, size, tuple(draft.outputs), settings.opset, settings.dynamic_size)
     if settings.weights == "fp16":
         store_half(graph)
     model = with_metadata(graph, draft.metadata())
     pictures = {"noise": noise(size), "photos": photos(draft.transform)}
-    print("\n".join(verdict(verify(model, module, draft.outputs, pictures), list(draft.outputs))))
+    checks = verify(model, module, draft.outputs, pictures, other_sizes(draft))
+    print("\n".join(verdict(checks, list(draft.outputs))))
     manifest = source.manifest(settings.bundle.name, hashlib.sha256(model).hexdigest())
     publish(settings.bundle, manifest, model)
     print(

@@ -1,5 +1,7 @@
-"""Encoders as timm builds them, asked as our own are: tokens, and the attention of the last block."""
+"""Encoders as timm builds them, asked as our own are: tokens, and the attention of their blocks."""
 
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,8 @@ from patchsight_train.views import MEAN, STD
 
 @dataclass(frozen=True)
 class Layout:
-    """What export asks of a ViT's or ResNet's configuration; a ResNet has no patches, heads and prefix tokens."""
+    """What export asks of a ViT's or ResNet's configuration. A ResNet has no patches, heads and prefix tokens, a ViT
+    without CLS token no heads to show and no prefix tokens."""
 
     image_size: int  # pixels
     width: int  # D
@@ -46,24 +49,26 @@ class PublicEncoder(Encoder):
 
 
 class PublicViT(PublicEncoder):
-    """Any of timm's Vision Transformers with a CLS token: rotary positions, registers and layer scale are its own."""
+    """Any of timm's Vision Transformers: rotary positions, registers and layer scale are its own. Of one without CLS
+    token the patch tokens alone are given: registers, which it may have, are of no use to anybody then."""
 
     def forward(self, x: Tensor) -> Tensor:
         tokens: Tensor = self.model.forward_features(self.normalized(x))
-        return tokens
+        return tokens if self.config.prefix_tokens else tokens[:, self.model.num_prefix_tokens :]
 
-    def with_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The same tokens, and the last block's attention weights `(N, h, T, T)`: what its softmax gives."""
-        attention = last_attention(self.model)
+    @property
+    def depth(self) -> int:
+        return len(self.model.blocks)
+
+    def attend(self, x: Tensor, blocks: Collection[int]) -> tuple[Tensor, list[Tensor]]:
+        """The same tokens, and the attention weights `(N, h, T, T)` of these blocks, counted from 0, in their order:
+        what the softmax gives, in rotary blocks as well."""
         seen: list[Tensor] = []
-        fused, attention.fused_attn = attention.fused_attn, False  # the explicit softmax, in this block alone
-        handle = attention.attn_drop.register_forward_hook(lambda _module, _args, output: seen.append(output))
-        try:
+        with ExitStack() as stack:
+            for number in blocks:
+                stack.enter_context(_explicit(self.model.blocks[number].attn, seen))
             tokens = self(x)
-        finally:
-            handle.remove()
-            attention.fused_attn = fused
-        return tokens, seen[-1]
+        return tokens, seen
 
 
 class PublicResNet(PublicEncoder):
@@ -72,15 +77,23 @@ class PublicResNet(PublicEncoder):
         return features.flatten(2).transpose(1, 2)
 
 
-def last_attention(model: Any) -> Any:
-    return model.blocks[-1].attn
+@contextmanager
+def _explicit(attention: Any, seen: list[Tensor]) -> Iterator[None]:
+    """While it lasts, the weights of this block's softmax are written out, and kept in `seen`."""
+    fused, attention.fused_attn = attention.fused_attn, False
+    handle = attention.attn_drop.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+        attention.fused_attn = fused
 
 
 def wrap(model: Any, image_size: int, mean: tuple[float, ...], std: tuple[float, ...], what: str) -> PublicEncoder:
     """A timm model without its classifier, in evaluation mode.
 
     Raises:
-        InvalidRequest: it is neither a ViT with a CLS token nor a ResNet.
+        InvalidRequest: it is neither a ViT nor a ResNet, or its tokens are not what was trained.
     """
     from timm.models.eva import Eva
     from timm.models.resnet import ResNet
@@ -92,8 +105,6 @@ def wrap(model: Any, image_size: int, mean: tuple[float, ...], std: tuple[float,
         return PublicResNet(model, Layout(image_size, int(model.num_features), cells), mean, std)
     if not isinstance(model, VisionTransformer | Eva):
         raise InvalidRequest(f"{what}: is a {type(model).__name__}; Vision Transformers and ResNets can be exported")
-    if model.cls_token is None:
-        raise InvalidRequest(f"{what}: has no CLS token, so that its attention is not defined here")
     if not isinstance(model.fc_norm, nn.Identity):
         raise InvalidRequest(
             f"{what}: was trained to the end with labels: its last norm stands behind the mean of the tokens; export "
@@ -101,8 +112,12 @@ def wrap(model: Any, image_size: int, mean: tuple[float, ...], std: tuple[float,
         )
     (patch, _), (rows, columns) = model.patch_embed.patch_size, model.patch_embed.grid_size
     assert rows == columns
-    heads = int(last_attention(model).num_heads)
-    layout = Layout(image_size, int(model.embed_dim), rows, patch, heads, int(model.num_prefix_tokens))
+    if model.cls_token is None:  # no row of the attention to show, and no token in front that anybody asks for
+        return PublicViT(model, Layout(image_size, int(model.embed_dim), rows, patch), mean, std)
+    last: Any = model.blocks[-1]
+    layout = Layout(
+        image_size, int(model.embed_dim), rows, patch, int(last.attn.num_heads), int(model.num_prefix_tokens)
+    )
     return PublicViT(model, layout, mean, std)
 
 

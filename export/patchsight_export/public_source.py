@@ -39,8 +39,9 @@ def _timm(name: str, settings: ExportSettings) -> tuple[Source, list[str]]:
         near = ", ".join(timm.list_models(f"*{name.split('.')[0][:12]}*")[:5]) or "none like it"
         raise InvalidRequest(f"{TIMM}{name}: timm {timm.__version__} has no such model; there is {near}")
     told: dict[str, Any] = {}
-    if settings.image_size is not None and not name.startswith("resnet"):  # which take any size
-        told["img_size"] = settings.image_size
+    if timm.models.is_model_in_modules(name.split(".")[0], ("vision_transformer", "eva")):  # ResNets take any size
+        told = {"img_size": settings.image_size} if settings.image_size is not None else {}
+        told |= {"dynamic_img_size": True} if settings.dynamic_size else {}
     if settings.checkpoint is not None:
         read(settings.checkpoint)  # what is wrong with the file is better said by us
         told["pretrained_cfg_overlay"] = {"file": str(settings.checkpoint)}
@@ -61,7 +62,9 @@ def _timm(name: str, settings: ExportSettings) -> tuple[Source, list[str]]:
 
 def _file(path: Path, settings: ExportSettings) -> tuple[Source, list[str]]:
     found = find_encoder(path, settings.prefix)
-    model, size, unused = build_model(found.weights, settings.image_size, settings.heads, str(path))
+    model, size, unused = build_model(
+        found.weights, settings.image_size, settings.heads, str(path), settings.dynamic_size
+    )
     encoder = wrap(model, size, *NORMALIZE[settings.normalize], str(path))
     origin = f"{path.name}, sha256 {sha256_of(path)}, encoder at {found.where}"
     license = settings.license or "unstated"
@@ -103,10 +106,13 @@ def _described(model: Any, encoder: PublicEncoder) -> str:
     config = encoder.config
     if not isinstance(encoder, PublicViT):
         blocks = [len(getattr(model, f"layer{i}")) for i in (1, 2, 3, 4)]
-        return f"ResNet, blocks {'-'.join(map(str, blocks))}"
-    registers = config.prefix_tokens - 1
-    parts = [f"ViT {config.width}×{len(model.blocks)}", f"{config.heads} heads", f"patch {config.patch_size}"]
+        wide = f", {model.bn1.num_features // 64} times as wide" if model.bn1.num_features > 64 else ""
+        return f"ResNet, blocks {'-'.join(map(str, blocks))}{wide}"
+    registers = model.num_prefix_tokens - (model.cls_token is not None)
+    heads = model.blocks[-1].attn.num_heads
+    parts = [f"ViT {config.width}×{len(model.blocks)}", f"{heads} heads", f"patch {config.patch_size}"]
     parts += [f"{registers} registers"] if registers else []
+    parts += ["no CLS token"] if model.cls_token is None else []
     parts += ["rotary positions"] if getattr(model, "rope", None) is not None else []
     return ", ".join(parts)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
-from pydantic_settings import CliPositionalArg, SettingsConfigDict
+from pydantic_settings import CliPositionalArg, CliToggleFlag, SettingsConfigDict
 
 from patchsight_serve.config import CommandSettings, number
 
@@ -37,6 +37,15 @@ class ExportSettings(CommandSettings):
     step: Annotated[int, Field(ge=1)] | None = Field(None, description="checkpoint to export (default: the newest)")
     opset: Annotated[Literal[18, 23], BeforeValidator(number)] = Field(
         23, description="of ONNX; 18 for runtimes that have no Attention operator yet"
+    )
+
+    dynamic_size: CliToggleFlag[bool] = Field(
+        False, description="a graph that takes pictures of other sizes, too: any multiples of the patch size"
+    )
+    attention: Literal["last", "rollout"] | int = Field(
+        "last",
+        description="which is served: of the last block; the rollout over all of them, one head; or of a BLOCK, by its "
+        "number from 1, or from the end from -1",
     )
 
     image_size: Annotated[int, Field(gt=0)] | None = Field(

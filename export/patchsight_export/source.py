@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 
 from torch import Tensor
 
+from patchsight_export.attention import Kind, resolve
 from patchsight_serve.errors import InvalidRequest
 from patchsight_serve.manifest import Manifest
 from patchsight_train import build, checkpoint
@@ -40,12 +41,26 @@ class Source:
     def recommending(self, output: Literal["cls", "mean", "both"]) -> "Source":
         """The same with another embedding recommended. Raises InvalidRequest if the encoder does not have it."""
         if output != "mean" and not self.encoder.config.prefix_tokens:
-            raise InvalidRequest(f"--recommend {output}: a ResNet has no CLS token; its embedding is the mean")
-        return replace(self, fields=self.fields | {"recommended": output})
+            raise InvalidRequest(f"--recommend {output}: this encoder has no CLS token; its embedding is the mean")
+        return self.with_fields(recommended=output)
+
+    def serving(self, attention: Kind, dynamic_size: bool) -> "Source":
+        """The same with this attention, and any size of pictures. Raises InvalidRequest if it has no such attention."""
+        if attention != "last":
+            if not self.fields["num_heads"]:
+                raise InvalidRequest(
+                    f"--attention {attention}: this encoder has no CLS token, and no attention to show"
+                )
+            attention = resolve(attention, self.encoder.depth)  # type: ignore[arg-type]
+        return self.with_fields(attention=attention, dynamic_size=dynamic_size)
+
+    def with_fields(self, **fields: Any) -> "Source":
+        """The same with other values in the manifest."""
+        return replace(self, fields=self.fields | fields)
 
     def noted(self, line: str) -> "Source":
         """The same with one more line in front of the recipe: what was done to the encoder after its training."""
-        return replace(self, fields=self.fields | {"recipe": f"# {line}\n{self.fields['recipe']}"})
+        return self.with_fields(recipe=f"# {line}\n{self.fields['recipe']}")
 
 
 def read_run(run: Path, step: int | None = None) -> Source:

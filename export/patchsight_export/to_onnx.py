@@ -3,14 +3,18 @@
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import onnx
 import torch
 from onnx import helper
 from torch import Tensor, nn
 
+from patchsight_export.attention import Kind, blocks_of, from_cls
+from patchsight_export.dynamic_size import TRANSLATIONS, dimensions, example_size, traceable_rotary
 from patchsight_export.public_encoder import PublicViT
+from patchsight_export.weights_file import first_line
+from patchsight_serve.errors import BundleError
 from patchsight_serve.manifest import METADATA_KEY
 from patchsight_train.encoder import Encoder, side_by_side
 from patchsight_train.views import eval_view
@@ -22,26 +26,35 @@ LARGEST_BATCH = 65_536
 
 
 class ServedViT(nn.Module):
-    """uint8 `(N, H, W, 3)` to `OUTPUTS`, float32: `(N, D)`, `(N, D)`, `(N, h, g, g)`, `(N, g, g, D)`; g patches a side.
-    With `both`, `(N, 2D)` after the first two: CLS and mean side by side.
+    """uint8 `(N, H, W, 3)` to `OUTPUTS`, float32: `(N, D)`, `(N, D)`, `(N, h, r, c)`, `(N, r, c, D)`; r rows and c
+    columns of patches. With `both`, `(N, 2D)` after the first two: CLS and mean side by side.
 
-    `attention` is the last block's, from CLS to the patches: its sum is 1 less the weight on CLS and the registers.
+    `attention` is that of a block or a rollout, from CLS to the patches: its sum is 1 less the weight on CLS and the
+    registers. Without a CLS token the outputs are `mean_embedding` and `patch_tokens`.
     """
 
-    def __init__(self, encoder: ViT | PublicViT, whiten: Mapping[str, nn.Module], both: bool) -> None:
+    def __init__(
+        self, encoder: ViT | PublicViT, whiten: Mapping[str, nn.Module], both: bool, attention: Kind = "last"
+    ) -> None:
         super().__init__()
-        self.encoder, self.with_both = encoder, both
+        self.encoder, self.with_both, self.attention = encoder, both, attention
         self.cls, self.mean, self.both = (whiten.get(pooling, nn.Identity()) for pooling in ("cls", "mean", "both"))
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         vit = self.encoder.config
-        g, P, h, D = vit.grid, vit.prefix_tokens, vit.heads, vit.width
-        tokens, weights = self.encoder.with_attention(eval_view(image.permute(0, 3, 1, 2)))
+        P, D = vit.prefix_tokens, vit.width
+        rows, columns = image.shape[1] // vit.patch_size, image.shape[2] // vit.patch_size
+        x = eval_view(image.permute(0, 3, 1, 2))
+        if not P:
+            tokens = self.encoder(x)
+            return self.mean(tokens.mean(dim=1)), tokens.reshape(-1, rows, columns, D)
+        tokens, weights = self.encoder.attend(x, blocks_of(self.attention, self.encoder.depth))
         patches = tokens[:, P:]
-        attention = weights[:, :, 0, P:].reshape(-1, h, g, g)
+        seen = from_cls(weights, self.attention)
+        attention = seen[:, :, P:].reshape(-1, seen.shape[1], rows, columns)
         cls, mean = tokens[:, 0], patches.mean(dim=1)
         both = (self.both(side_by_side(cls, mean)),) if self.with_both else ()
-        return self.cls(cls), self.mean(mean), *both, attention, patches.reshape(-1, g, g, D)
+        return self.cls(cls), self.mean(mean), *both, attention, patches.reshape(-1, rows, columns, D)
 
 
 class ServedResNet(nn.Module):
@@ -56,32 +69,64 @@ class ServedResNet(nn.Module):
         return (self.mean(self.encoder.pooled(eval_view(image.permute(0, 3, 1, 2)), "mean")),)
 
 
-def served(encoder: Encoder, whiten: Mapping[str, nn.Module] | None = None, both: bool = False) -> nn.Module:
+def served(
+    encoder: Encoder, whiten: Mapping[str, nn.Module] | None = None, both: bool = False, attention: Kind = "last"
+) -> nn.Module:
     """What is exported of an encoder: a module whose outputs are those of its manifest, in that order.
 
     whiten: by pooling, "cls", "mean" and "both", what an embedding goes through before it leaves. both: whether that
-    one is among the outputs.
+    one is among the outputs. attention: as `attention.resolve` gives it.
     """
     if isinstance(encoder, ViT | PublicViT):
-        return ServedViT(encoder, whiten or {}, both)
+        return ServedViT(encoder, whiten or {}, both, attention)
     return ServedResNet(encoder, whiten or {})
 
 
-def to_onnx(served: nn.Module, size: int, outputs: tuple[str, ...] = OUTPUTS, opset: int = 23) -> onnx.ModelProto:
+def to_onnx(
+    served: nn.Module, size: int, outputs: tuple[str, ...] = OUTPUTS, opset: int = 23, dynamic: bool = False
+) -> onnx.ModelProto:
     """The graph of `served`, which takes uint8 `(batch, size, size, 3)` as `image`, with nothing in it that depends on
-    the machine or the folder it was made in."""
-    example = torch.zeros(EXAMPLE_BATCH, size, size, 3, dtype=torch.uint8)
-    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
+    the machine or the folder it was made in. dynamic: it takes `(batch, height, width, 3)`, of whole patches.
+
+    Raises:
+        BundleError: torch cannot trace it; for other sizes not every network of others can be.
+    """
+    axes = {0: torch.export.Dim("batch", min=1, max=LARGEST_BATCH)}
+    height, width = size, size
+    if dynamic:
+        patch_size = _patch_size(served)
+        (height, width), (axes[1], axes[2]) = example_size(patch_size), dimensions(patch_size)
+    example = torch.zeros(EXAMPLE_BATCH, height, width, 3, dtype=torch.uint8)
     # Without gradients: attention on the CPU would not go through SDPA otherwise, and not become an Attention node.
-    with torch.no_grad(), _quiet():
-        program = torch.onnx.export(
-            served.eval(), (example,), dynamo=True, opset_version=opset, input_names=["image"],
-            output_names=list(outputs), dynamic_shapes={"image": {0: batch}}, verbose=False,
-        )  # fmt: skip
+    with torch.no_grad(), _quiet(), traceable_rotary(served) if dynamic else nullcontext():
+        try:
+            program = torch.onnx.export(
+                served.eval(), (example,), dynamo=True, opset_version=opset, input_names=["image"],
+                output_names=list(outputs), dynamic_shapes={"image": axes}, verbose=False,
+                custom_translation_table=TRANSLATIONS if dynamic else None,
+            )  # fmt: skip
+        except torch.onnx.errors.OnnxExporterError as error:
+            told = " for any size" if dynamic else ""
+            raise BundleError(f"not published: torch cannot trace the network{told}: {first_line(error)}") from error
     assert program is not None
     model = program.model_proto
     strip(model)
+    _name_axes(model)
     return model
+
+
+def _patch_size(served: nn.Module) -> int | None:
+    encoder = served.encoder
+    assert isinstance(encoder, Encoder)
+    return getattr(encoder.config, "patch_size", None)
+
+
+def _name_axes(model: onnx.ModelProto) -> None:
+    """`height` and `width` where the exporter has the expression they were traced as."""
+    shape = model.graph.input[0].type.tensor_type.shape
+    for axis, name in ((1, "height"), (2, "width")):
+        if shape.dim[axis].HasField("dim_param"):
+            shape.dim[axis].dim_param = name
 
 
 def strip(model: onnx.ModelProto) -> None:

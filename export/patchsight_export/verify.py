@@ -27,14 +27,16 @@ class Check:
 
 
 def verify(
-    model: bytes, served: nn.Module, outputs: Mapping[str, tuple[int, ...]], pictures: Mapping[str, Pixels]
-) -> list[Check]:
+    model: bytes, served: nn.Module, outputs: Mapping[str, tuple[int, ...]], pictures: Mapping[str, Pixels],
+    others: Mapping[str, tuple[Mapping[str, tuple[int, ...]], Pixels]] | None = None,
+) -> list[Check]:  # fmt: skip
     """Compare the ONNX file with the module it was made of.
 
     model: the whole file.
     served: the module; gives its outputs in the order of `outputs`.
     outputs: names and shapes without the batch axis, as in `Manifest.outputs`.
     pictures: by name, at least 8 images each.
+    others: by name, images of another size, and the outputs' shapes for it; compared with torch in one batch.
 
     Returns one check for each kind of picture, batch size and output.
 
@@ -52,6 +54,8 @@ def verify(
         alone = [_run(session, images[i : i + 1], outputs) for i in range(max(BATCHES))]
         joined = [np.concatenate(values) for values in zip(*alone, strict=True)]
         checks += _compare(f"one by one, {kind}", outputs, joined, whole)
+    for kind, (shapes, images) in (others or {}).items():
+        checks += _compare(kind, shapes, _run(session, images, shapes), _torch(served, images))
     if failed := [c for c in checks if not c.error <= LIMIT]:  # also where the error is NaN
         worst = max(failed, key=lambda c: np.nan_to_num(c.error, nan=np.inf))
         raise BundleError(

@@ -19,7 +19,8 @@ from torch import Tensor
 from patchsight_serve.errors import InvalidRequest
 
 # The first layer of a ViT, of a ResNet, and of a ResNet that was put into a Sequential, as lightly does.
-FIRST = ("patch_embed.proj.weight", "conv1.weight", "0.weight")
+# Of SimCLRv2's, as it is converted from TensorFlow, the first layer has a stem around it.
+FIRST = ("patch_embed.proj.weight", "conv1.weight", "0.weight", "net.0.0.weight")
 # Of several encoders in one file the one to serve, best first: a teacher before its student (DINO, section 5.1).
 PREFERRED = ("teacher", "ema", "", "momentum", "target", "student", "online")
 LFS = b"version https://git-lfs"
@@ -111,7 +112,7 @@ def flat(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Te
 
 def _within(rest: str) -> bool:
     """Whether a place inside of another is a part of that encoder: blocks of ResNets have a conv1 as well."""
-    return rest.startswith(("layer", "blocks", "patch_embed")) or rest.split(".")[0].isdecimal()
+    return rest.startswith(("layer", "blocks", "patch_embed", "net.")) or rest.split(".")[0].isdecimal()
 
 
 def _choose(path: Path, places: set[str], tensors: Mapping[str, Tensor]) -> str:

@@ -1,8 +1,8 @@
 """Gathers images of many requests into batches for one encoder. Knows neither HTTP nor image files.
 
 Admission is counted in images and is all or nothing for a request. A batch is whatever waits at the moment the encoder
-is free: nothing ever sleeps to fill one. A batch that fails is run again image by image, so that a bad image takes down
-itself alone, and the worker thread starts again should anything escape from there.
+is free and is of one size: nothing ever sleeps to fill one. A batch that fails is run again image by image, so that a
+bad image takes down itself alone, and the worker thread starts again should anything escape from there.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from typing import Self
 import numpy as np
 
 from patchsight_serve.encoder import Encoder, Pixels
-from patchsight_serve.engine import Admission, Result, probe
+from patchsight_serve.engine import Admission, Result, probe, room
 from patchsight_serve.errors import NotReady, PatchsightError
 from patchsight_serve.timing import Timing
 
@@ -137,11 +137,22 @@ class Batcher(Admission):
                     self._wake.wait()
                 if not self._queue:
                     return
-                self._running = [self._queue.popleft() for _ in range(min(self.max_batch, len(self._queue)))]
+                self._running = self._take()
             self._running = [item for item in self._running if not item.future.done()]  # the others were given up
             if self._running:
                 self._deliver(self._running, self._encode(self._running))
             self._running = []
+
+    def _take(self) -> list[_Item]:
+        """The next batch out of the queue: images of the first one's shape. All others keep their order."""
+        first = self._queue[0].image
+        most = room(self.max_batch, first, self.encoder.manifest)
+        taken: list[_Item] = []
+        others: deque[_Item] = deque()
+        for item in self._queue:
+            (taken if len(taken) < most and item.image.shape == first.shape else others).append(item)
+        self._queue = others
+        return taken
 
     def _encode(self, batch: Sequence[_Item]) -> list[Result]:
         """Results of a batch, one per item; if the batch fails, each item is tried alone."""

@@ -15,7 +15,7 @@ from patchsight_serve.encoder import Pixels, Values
 from patchsight_serve.errors import BundleError
 from patchsight_serve.manifest import Manifest
 from patchsight_serve.ort_encoder import OrtEncoder
-from patchsight_serve.trial_pictures import BATCHES, noise, photos
+from patchsight_serve.trial_pictures import BATCHES, noise, photos, unseen_sizes
 from patchsight_serve.triton_config import manifest_of
 
 LIMIT = 1e-4  # of max|a − b| / max|b|, of an image alone and in a batch
@@ -45,7 +45,22 @@ def check(bundle: Path) -> list[str]:
         lines.append(
             f"{kind}, batches of {', '.join(map(str, BATCHES))}: finite; alone and in a batch within {worst:.1e}"
         )
+    if manifest.dynamic_size:
+        lines.append(_check_sizes(encoder))
     return lines
+
+
+def _check_sizes(encoder: OrtEncoder) -> str:
+    manifest, step = encoder.manifest, encoder.manifest.size_step
+    sizes = unseen_sizes(manifest)
+    for height, width in sizes:
+        try:
+            found = encoder.run(noise(height, 2, width), list(manifest.outputs))
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            raise BundleError(f"{manifest.name}: cannot run pictures of {height} × {width} pixels: {error}") from error
+        for name, shape in manifest.outputs_on(height // step, width // step).items():
+            _check_values(manifest, name, found[name], (2, *shape))
+    return f"takes any size, tried on {', '.join(f'{height} × {width}' for height, width in sizes)}: finite"
 
 
 def _check_triton(bundle: Path, manifest: Manifest) -> None:
@@ -68,13 +83,12 @@ def _differences(encoder: OrtEncoder, images: Pixels) -> Iterator[float]:
         together = encoder.run(images[:batch], outputs)
         for name in outputs:
             values = together[name]
-            _check_values(encoder.manifest, name, values, batch)
+            _check_values(encoder.manifest, name, values, (batch, *encoder.manifest.outputs[name]))
             single = np.concatenate([run[name] for run in alone[:batch]])
             yield float(np.abs(single - values).max() / max(np.abs(values).max(), np.finfo(np.float32).tiny))
 
 
-def _check_values(manifest: Manifest, name: str, values: Values, batch: int) -> None:
-    shape = (batch, *manifest.outputs[name])
+def _check_values(manifest: Manifest, name: str, values: Values, shape: tuple[int, ...]) -> None:
     if values.shape != shape or values.dtype != np.float32:
         raise BundleError(f"{manifest.name}: {name} is {values.dtype} {values.shape}, not float32 {shape}")
     if not np.isfinite(values).all():

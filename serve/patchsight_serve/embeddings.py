@@ -33,6 +33,14 @@ from patchsight_serve.schemas import IMAGE_ERRORS, AttentionReply, EmbedReply, a
 from patchsight_serve.service import OUTPUTS, VECTORS, Service, graph_name, to_unit_length
 
 EncoderQuery = Annotated[str | None, Query(description="name of the encoder; the default one if left out")]
+SizeQuery = Annotated[
+    int | None,
+    Query(
+        description="pixels of the square that the encoder sees, a multiple of its patch size; its own if left out. "
+        "More of them show the same part of the picture more finely. For encoders whose manifest has `dynamic_size`",
+        examples=[448],
+    ),
+]
 
 
 def router() -> APIRouter:
@@ -60,6 +68,7 @@ async def embed(
         str, Query(description=f"comma-separated: {', '.join(OUTPUTS)}", examples=["embedding,attention"])
     ] = "embedding",
     normalize: Annotated[bool, Query(description="scale embeddings to length 1")] = True,
+    size: SizeQuery = None,
 ) -> Response:
     """One result per image, in order.
 
@@ -69,12 +78,13 @@ async def embed(
     service: Service = request.app.state.service
     manifest = service.encoder(encoder).manifest
     wanted = _names(outputs, manifest)
+    transform = service.transform(manifest, size)
     media_type = negotiate(request.headers.get("accept"), (JSON, NPY, NPZ, RAW))
     if media_type in (NPY, RAW) and len(wanted) > 1:
         raise InvalidRequest(f"{media_type} holds one output, {len(wanted)} were asked for; {NPZ} holds all", "outputs")
     images = await read_images(request, service.body_limits)
     async with while_connected(request):
-        results = await service.embed_images(images, manifest.name, wanted, request.state.timing)
+        results = await service.embed_images(images, manifest.name, wanted, request.state.timing, transform)
     failures = {i: _located(r, i) for i, r in enumerate(results) if isinstance(r, PatchsightError)}
     if failures and (len(results) == 1 or media_type != JSON):
         raise next(iter(failures.values()))
@@ -91,8 +101,9 @@ async def attention(
     mass: Annotated[
         float | None, Query(gt=0, le=1, description="keep the strongest patches that hold this share", examples=[0.6])
     ] = None,
+    size: SizeQuery = None,
 ) -> Response:
-    """PNG of what the encoder saw of the picture, with the last block's attention from CLS to the patches on it.
+    """PNG of what the encoder saw of the picture, with the encoder's attention from CLS to the patches on it.
 
     Asked for JSON, npy or octet-stream, the map `(h, w)` itself; patches cut away by `mass` are 0.
     """
@@ -100,13 +111,15 @@ async def attention(
     manifest = service.encoder(encoder).manifest
     name = graph_name("attention", manifest, param="encoder")
     number = _head(head, manifest)
+    transform = service.transform(manifest, size)
+    grid = transform.crop // manifest.size_step
     media_type = negotiate(request.headers.get("accept"), (PNG, JSON, NPY, RAW))
     images = await read_images(request, replace(service.body_limits, max_images=1))
 
     def prepare(data: bytes) -> tuple[Pixels, Pixels | None]:
         picture = open_rgb(data, service.limits)
-        shown = shown_crop(picture, manifest.transform, manifest.outputs[name][-1]) if media_type == PNG else None
-        return fit(picture, manifest.transform), shown
+        shown = shown_crop(picture, transform, grid) if media_type == PNG else None
+        return fit(picture, transform), shown
 
     async with while_connected(request), service.admitted(1, manifest.name):
         (prepared,) = await service.decode_images(images, prepare, request.state.timing)
@@ -140,7 +153,7 @@ def _head(head: str, manifest: Manifest) -> int | None:
     """Number of a head, None for their mean. Raises InvalidRequest."""
     if head == "mean":
         return None
-    heads = manifest.num_heads or 0
+    heads = manifest.outputs["attention"][0]
     if not (head.isascii() and head.isdigit() and int(head) < heads):
         raise InvalidRequest(f"head is {head!r}; {manifest.name!r} has heads 0 to {heads - 1}, and `mean`", "head")
     return int(head)

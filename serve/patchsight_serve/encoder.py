@@ -26,10 +26,12 @@ class Encoder(Described, Protocol):
     def run(self, images: Pixels, outputs: Sequence[str]) -> dict[str, Values]:
         """Encode a batch.
 
-        images: uint8 `(N, H, W, 3)`, RGB, N >= 1, H = W = `manifest.transform.crop`.
+        images: uint8 `(N, H, W, 3)`, RGB, N >= 1, H = W = `manifest.transform.crop`; other sizes where
+            `manifest.dynamic_size`, multiples of `manifest.size_step`.
         outputs: names from `manifest.outputs`.
 
-        Returns float32 `(N, *manifest.outputs[name])` for each name asked for, rows in the order of `images`.
+        Returns float32 `(N, *manifest.outputs[name])` for each name asked for, at another size as `outputs_on`
+        says; rows in the order of `images`.
         """
 
 

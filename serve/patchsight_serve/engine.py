@@ -55,6 +55,13 @@ def probe(manifest: Manifest) -> tuple[Pixels, str]:
     return np.full((side, side, 3), 128, np.uint8), next(iter(manifest.outputs))
 
 
+def room(max_batch: int, pixels: Pixels, manifest: Manifest) -> int:
+    """Images like this one in a batch. Pictures larger than the encoder's own make batches that are smaller by as much,
+    so that memory stays bounded."""
+    own, seen = manifest.transform.crop**2, pixels.shape[0] * pixels.shape[1]
+    return int(max(max_batch * own // max(seen, own), 1))
+
+
 class Admission:
     """Places for images, counted in images, all or nothing for a request.
 

@@ -21,7 +21,7 @@ class FakeEncoder:
 
     def __init__(
         self, name: str = "fake", image_size: int = 32, patch_size: int | None = 4, embedding_dim: int = 16,
-        num_heads: int = 2, both: bool = False,
+        num_heads: int = 2, both: bool = False, dynamic_size: bool = False,
     ) -> None:  # fmt: skip
         self.manifest = Manifest(
             name=name,
@@ -40,6 +40,7 @@ class FakeEncoder:
             recipe="none",
             commit="none",
             license="Apache-2.0",
+            dynamic_size=dynamic_size,
         )
         # Odd, hence never 0: changing one pixel by one changes every component.
         rng = np.random.default_rng(0)
@@ -50,7 +51,8 @@ class FakeEncoder:
         return {name: getattr(self, f"_{name}")(images).astype(np.float32) for name in outputs}
 
     def _cls_embedding(self, images: Pixels) -> Numbers:
-        values: Numbers = images.reshape(len(images), -1).astype(np.int64) @ self._weights
+        flat = images.reshape(len(images), -1).astype(np.int64)
+        values: Numbers = flat @ np.resize(self._weights, (flat.shape[1], self.manifest.embedding_dim))
         return values
 
     def _mean_embedding(self, images: Pixels) -> Numbers:

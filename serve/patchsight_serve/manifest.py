@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from patchsight_serve.errors import BundleError
 
 METADATA_KEY = "patchsight"
-YOUNGER = ("precision", "dynamic_size")  # fields that are left out where they have their default
+YOUNGER = ("precision", "dynamic_size", "attention")  # fields that are left out where they have their default
+RESNET_LEAST = 32  # pixels: what a ResNet's five halvings leave one cell of
 BUNDLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 Positive = Annotated[int, Field(gt=0)]
@@ -48,7 +49,7 @@ class Manifest(BaseModel):
     image_size: Positive
     patch_size: Positive | None
     embedding_dim: Positive
-    num_heads: Positive | None
+    num_heads: Positive | None  # None without a CLS token
     prefix_tokens: Annotated[int, Field(ge=0)]  # CLS and registers, in front of the patch tokens
     recommended: Literal["cls", "mean", "both"]  # both: CLS and mean side by side, 2 · embedding_dim numbers
     transform: Transform
@@ -58,23 +59,41 @@ class Manifest(BaseModel):
     license: str
     # Younger than the first bundles, so that each of them says nothing where it has the default.
     precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"  # what the graph computes in
-    dynamic_size: bool = False  # the graph also takes other sizes: multiples of the patch size
+    dynamic_size: bool = False  # the graph also takes other sizes: multiples of `size_step`, not square ones too
+    attention: Literal["last", "rollout"] | Positive = "last"  # of which block, from 1; rollout: over all, one head
     measured: dict[str, Any] = {}
 
     @property
     def outputs(self) -> dict[str, tuple[int, ...]]:
-        """Names of the graph's outputs and their shapes without the batch axis; ResNets have `mean_embedding` alone."""
+        """Names of the graph's outputs and their shapes without the batch axis, for an image of `image_size`."""
+        side = self.image_size // (self.patch_size or self.image_size)
+        return self.outputs_on(side, side)
+
+    def outputs_on(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        """The same for an image of that many patches. ResNets have `mean_embedding` alone; a ViT without CLS token has
+        neither that token nor its attention."""
         D = self.embedding_dim
-        if self.patch_size is None or self.num_heads is None:
+        if self.patch_size is None:
             return {"mean_embedding": (D,)}
-        side = self.image_size // self.patch_size
+        if self.num_heads is None:
+            return {"mean_embedding": (D,), "patch_tokens": (rows, columns, D)}
         return {
             "cls_embedding": (D,),
             "mean_embedding": (D,),
             **({"both_embedding": (2 * D,)} if self.recommended == "both" else {}),
-            "attention": (self.num_heads, side, side),
-            "patch_tokens": (side, side, D),
+            "attention": (1 if self.attention == "rollout" else self.num_heads, rows, columns),
+            "patch_tokens": (rows, columns, D),
         }
+
+    @property
+    def size_step(self) -> int:
+        """Sides of a picture are multiples of it, where the graph takes any: the patch size, 1 for ResNets."""
+        return self.patch_size or 1
+
+    @property
+    def size_least(self) -> int:
+        """The shortest side of a picture, in pixels, where the graph takes any."""
+        return self.patch_size or RESNET_LEAST
 
     def metadata(self) -> str:
         """The part that travels inside the ONNX file, as canonical JSON."""

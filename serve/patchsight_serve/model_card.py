@@ -8,7 +8,6 @@ MEANING = {
     "cls_embedding": "the CLS token",
     "mean_embedding": "the mean of the patch tokens",
     "both_embedding": "CLS and mean, side by side",
-    "attention": "of the last block, from CLS to the patches, for each head",
     "patch_tokens": "row by row from the top left",
 }
 
@@ -33,17 +32,32 @@ def card(manifest: Manifest, size: int) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def attention(manifest: Manifest) -> str:
+    """Which one the encoder's is."""
+    if manifest.attention == "rollout":
+        return "rollout over all blocks (arXiv:2005.00928), from CLS to the patches, heads averaged"
+    block = "the last block" if manifest.attention == "last" else f"block {manifest.attention}"
+    return f"of {block}, from CLS to the patches, for each head"
+
+
 def _signature(manifest: Manifest) -> str:
     transform, recommended = manifest.transform, f"{manifest.recommended}_embedding"
+    side, shapes, any_size = str(transform.crop), manifest.outputs, ""
+    if manifest.dynamic_size:
+        of = f"multiples of {manifest.patch_size}" if manifest.patch_size else f"from {manifest.size_least}"
+        side, any_size = "any", f"; takes other sizes too, {of}, not square ones as well"
+        shapes = manifest.outputs_on(-1, -1)
     lines = [
         "| | shape | |",
         "| --- | --- | --- |",
-        f"| `image`, uint8 | `[N, {transform.crop}, {transform.crop}, 3]` | RGB; shorter side to {transform.resize} "
-        f"pixels, {transform.filter} with antialiasing, central square; normalized inside |",
+        f"| `image`, uint8 | `[N, {side}, {side}, 3]` | RGB; shorter side to {transform.resize} "
+        f"pixels, {transform.filter} with antialiasing, central square; normalized inside{any_size} |",
     ]
-    for name, shape in manifest.outputs.items():
-        note = MEANING[name] + ("; **recommended**" if name == recommended else "")
-        lines.append(f"| `{name}`, float32 | `[N, {', '.join(map(str, shape))}]` | {note} |")
+    for name, shape in shapes.items():
+        note = (attention(manifest) if name == "attention" else MEANING[name]) + (
+            "; **recommended**" if name == recommended else ""
+        )
+        lines.append(f"| `{name}`, float32 | `[N, {', '.join('any' if n < 0 else str(n) for n in shape)}]` | {note} |")
     return "\n".join(lines)
 
 

@@ -63,10 +63,13 @@ class OrtEncoder:
             )
 
     def _check_signature(self) -> None:
-        size = self.manifest.transform.crop
+        manifest = self.manifest
+        side = None if manifest.dynamic_size else manifest.transform.crop  # an axis of no size has a name
         inputs = {i.name: (i.type, i.shape[1:]) for i in self._session.get_inputs()}
-        if inputs != {"image": ("tensor(uint8)", [size, size, 3])}:
-            raise BundleError(f"{self.manifest.name}: the graph's input is {inputs}, not uint8 [N, {size}, {size}, 3]")
+        sizes = {n: (kind, [s if isinstance(s, int) else None for s in shape]) for n, (kind, shape) in inputs.items()}
+        if sizes != {"image": ("tensor(uint8)", [side, side, 3])}:
+            told = "[N, H, W, 3]" if side is None else f"[N, {side}, {side}, 3]"
+            raise BundleError(f"{manifest.name}: the graph's input is {inputs}, not uint8 {told}")
         have = {o.name: (o.type, len(o.shape)) for o in self._session.get_outputs()}
         for name, shape in self.manifest.outputs.items():
             if have.get(name) != ("tensor(float)", len(shape) + 1):

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from math import isqrt
 from typing import TypeVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from patchsight_serve.decode import Limits, decode
 from patchsight_serve.encoder import Described, Pixels, Values, default_name
 from patchsight_serve.engine import Engine
 from patchsight_serve.errors import DeadlineExceeded, InvalidRequest, NotFound, NotReady, Overloaded, PatchsightError
-from patchsight_serve.manifest import Manifest
+from patchsight_serve.manifest import Manifest, Transform
 from patchsight_serve.metrics import Metrics
 from patchsight_serve.settings import ServeSettings
 from patchsight_serve.timing import Timing
@@ -89,6 +90,31 @@ class Service:
         """`settings.encoder`, else the one that sees the largest pictures."""
         return self.settings.encoder or default_name(self.encoders)
 
+    def transform(self, manifest: Manifest, size: int | None) -> Transform:
+        """What makes square pictures of `size` pixels for this encoder; None is its own size. The part of a picture
+        that is seen stays the same.
+
+        Raises InvalidRequest for a size that the encoder does not take, or over the limit.
+        """
+        own = manifest.transform
+        if size is None or size == own.crop:
+            return own
+        if not manifest.dynamic_size:
+            raise InvalidRequest(f"size is {size}; encoder {manifest.name!r} takes {own.crop} alone", "size")
+        step, least = manifest.size_step, manifest.size_least
+        if size < least or size % step:
+            must = f"multiples of {step}" if manifest.patch_size else f"{least} and more"
+            raise InvalidRequest(f"size is {size}; encoder {manifest.name!r} takes {must}", "size")
+        patches, most = (size // least) ** 2, self.settings.max_patches
+        if patches > most:
+            largest = isqrt(most) * least
+            raise InvalidRequest(
+                f"size is {size}, which makes {patches:,} patches of {least} pixels; the limit is {most:,}, a size of "
+                f"{largest}",
+                "size",
+            )
+        return own.model_copy(update={"resize": round(own.resize * size / own.crop), "crop": size})
+
     async def prove_ready(self) -> None:
         """Return if requests can be answered right now. Raises NotReady."""
         if self.draining:
@@ -102,6 +128,7 @@ class Service:
         encoder_name: str | None = None,
         outputs: Sequence[str] = ("embedding",),
         timing: Timing | None = None,
+        transform: Transform | None = None,
     ) -> list[dict[str, Values] | PatchsightError]:
         """Decode and encode. One entry per blob, in order: its outputs, or the error that this image alone has.
 
@@ -109,6 +136,7 @@ class Service:
         outputs: of `OUTPUTS`. Vectors `(D,)` are as the graph gives them, not normalized; attention is
             `(heads, h, w)`, patch tokens `(h, w, D)`.
         timing: is filled in.
+        transform: as `transform` gives it, for pictures of another size than the encoder's own.
 
         Raises for the request as a whole: NotFound (encoder), InvalidRequest (outputs), Overloaded, NotReady,
         DeadlineExceeded.
@@ -117,7 +145,7 @@ class Service:
         names = {output: graph_name(output, manifest) for output in outputs}
 
         def to_pixels(data: bytes) -> Pixels:
-            return decode(data, manifest.transform, self.limits)
+            return decode(data, transform or manifest.transform, self.limits)
 
         async with self.admitted(len(blobs), manifest.name):
             pixels = await self.decode_images(blobs, to_pixels, timing)

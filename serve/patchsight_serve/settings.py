@@ -44,6 +44,9 @@ class ServeSettings(CommandSettings):
     max_image_bytes: Positive = Field(20 * MEBIBYTE, description="bytes of one encoded image")
     max_body_bytes: Positive = Field(64 * MEBIBYTE, description="bytes of a request's body")
     max_pixels: Positive = Field(50_000_000, description="width x height of one image, read from its header")
+    max_patches: Positive = Field(
+        4096, description="patches of an image that is asked for at another size than the encoder's, `size=`"
+    )
     max_batch: Positive = Field(32, description="images per run of an encoder")
     max_queue: Positive = Field(256, description="images of all requests in work at once; more are answered with 429")
 

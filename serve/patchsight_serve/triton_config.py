@@ -4,6 +4,7 @@ One source for both backends: `onnxruntime` for production, `python` (with `trit
 has no other. The manifest travels inside, so that a gateway needs nothing but Triton's address to know its encoders.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Literal
 
@@ -37,16 +38,18 @@ def config_pbtxt(manifest: Manifest, backend: Backend = "onnxruntime", tensorrt_
 
     tensorrt_cache: a folder on the machine of Triton; the graph then runs on TensorRT in fp16, layer norms in fp32, and
     its engines, which take minutes to build, are kept there.
+    A size of -1 is any, where the graph takes any; Triton puts images of one size into one batch.
     """
     size = manifest.transform.crop
-    outputs = ",\n".join(f"  {_tensor(name, 'TYPE_FP32', shape)}" for name, shape in manifest.outputs.items())
+    side = -1 if manifest.dynamic_size else size
+    outputs = ",\n".join(f"  {_tensor(name, 'TYPE_FP32', shape)}" for name, shape in _shapes(manifest).items())
     return f"""\
 {HEADER[backend]}
 name: "{manifest.name}"
 backend: "{backend}"
 max_batch_size: {MAX_BATCH}
 input [
-  {_tensor("image", "TYPE_UINT8", (size, size, 3))}
+  {_tensor("image", "TYPE_UINT8", (side, side, 3))}
 ]
 output [
 {outputs}
@@ -71,7 +74,7 @@ model_warmup [
     inputs {{ key: "image", value {{ data_type: TYPE_UINT8, dims: [{size}, {size}, 3], zero_data: true }} }}
   }}
 ]
-{_tensorrt(size, tensorrt_cache) if tensorrt_cache else ""}\
+{_tensorrt(manifest, tensorrt_cache) if tensorrt_cache else ""}\
 parameters {{ key: "{PARAMETER}", value {{ string_value: "{_escaped(_identity(manifest))}" }} }}
 """
 
@@ -91,7 +94,7 @@ def manifest_of(config: ModelConfig) -> Manifest | None:
     if manifest.name != config.name:
         raise BundleError(f"{config.name}: config.pbtxt holds the manifest of {manifest.name!r}")
     have = {output.name: tuple(output.dims) for output in config.output}
-    for name, shape in manifest.outputs.items():
+    for name, shape in _shapes(manifest).items():
         if have.get(name) != shape:
             raise BundleError(f"{config.name}: config.pbtxt has output {name!r} as {have.get(name)}, not {shape}")
     return manifest
@@ -99,7 +102,13 @@ def manifest_of(config: ModelConfig) -> Manifest | None:
 
 def _identity(manifest: Manifest) -> str:
     """Without what was measured, which may grow when this file is written already."""
-    return manifest.model_dump_json(exclude={"measured"})
+    told = {"name": manifest.name, "sha256": manifest.sha256, **json.loads(manifest.metadata())}
+    return json.dumps(told, separators=(",", ":"), ensure_ascii=False)
+
+
+def _shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """Of the outputs as Triton is told of them: -1 along an axis of any size."""
+    return manifest.outputs_on(-1, -1) if manifest.dynamic_size else manifest.outputs
 
 
 def _escaped(text: str) -> str:
@@ -110,8 +119,12 @@ def _tensor(name: str, data_type: str, dims: Sequence[int]) -> str:
     return f'{{ name: "{name}", data_type: {data_type}, dims: [{", ".join(map(str, dims))}] }}'
 
 
-def _tensorrt(size: int, cache: str) -> str:
-    """With profiles for every batch size there can be: without them an engine is built anew for each that appears."""
+def _tensorrt(manifest: Manifest, cache: str) -> str:
+    """With profiles for every batch size there can be: without them an engine is built anew for each that appears. A
+    graph for any size gets them up to twice its own."""
+    own, least, most = manifest.transform.crop, manifest.transform.crop, manifest.transform.crop
+    if manifest.dynamic_size:
+        least, most = manifest.size_least, 2 * own
     parameters = {
         "precision_mode": "FP16",
         "trt_layer_norm_fp32_fallback": "1",
@@ -121,8 +134,8 @@ def _tensorrt(size: int, cache: str) -> str:
         "trt_timing_cache_enable": "1",
         "trt_timing_cache_path": cache,
         **{
-            f"trt_profile_{which}_shapes": f"image:{batch}x{size}x{size}x3"
-            for which, batch in (("min", 1), ("opt", MAX_BATCH // 2), ("max", MAX_BATCH))
+            f"trt_profile_{which}_shapes": f"image:{batch}x{side}x{side}x3"
+            for which, batch, side in (("min", 1, least), ("opt", MAX_BATCH // 2, own), ("max", MAX_BATCH, most))
         },
     }
     lines = "\n".join(f'      parameters {{ key: "{k}", value: "{_escaped(v)}" }}' for k, v in parameters.items())

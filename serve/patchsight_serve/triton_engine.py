@@ -20,7 +20,7 @@ from tritonclient.grpc import InferInput, InferRequestedOutput
 from tritonclient.grpc.aio import InferResult
 
 from patchsight_serve.encoder import Pixels, RemoteEncoder, Values
-from patchsight_serve.engine import Admission, Result, deadline, probe
+from patchsight_serve.engine import Admission, Result, deadline, probe, room
 from patchsight_serve.errors import DeadlineExceeded, NotReady, PatchsightError
 from patchsight_serve.pace import Pace
 from patchsight_serve.timing import Timing
@@ -131,13 +131,15 @@ class TritonEngine(Admission):
         """The head of the queue, and those behind it that fit into its call: equal outputs, equal size. The others
         keep their order. Images that were given up are dropped."""
         waiting = [item for item in self._queue if not item.future.done()]
-        head = waiting[0] if waiting else None
-        batch: list[_Item] = []
         self._queue = deque()
+        if not waiting:
+            return []
+        head = waiting[0]
+        batch: list[_Item] = []
+        most = room(MAX_BATCH, head.image, self.manifest)
         for item in waiting:
-            assert head is not None
             fits = item.outputs == head.outputs and item.image.shape == head.image.shape
-            (batch if fits and len(batch) < MAX_BATCH else self._queue).append(item)
+            (batch if fits and len(batch) < most else self._queue).append(item)
         return batch
 
     def _returned(self, call: asyncio.Task[None]) -> None:
@@ -175,7 +177,8 @@ class TritonEngine(Admission):
         """`(n, *shape)` of each output. Raises also TritonFailure where Triton answers with something else."""
         size = sum(image.nbytes for image in images)
         size += sum(4 * len(images) * math.prod(self.manifest.outputs[name]) for name in outputs)
-        if self._memory is None or size < SHARED:
+        own = images[0].shape[:2] == (self.manifest.transform.crop,) * 2  # what the slots are made for
+        if self._memory is None or size < SHARED or not own:
             values = await self._over_grpc(images, outputs, timeout_s, priority)
         else:
             async with self._memory.slot() as slot:
@@ -195,7 +198,9 @@ class TritonEngine(Admission):
             image = _image(images)
         wanted = [InferRequestedOutput(name) for name in outputs]
         answer = await self._answer(image, wanted, timeout_s, priority)
-        return {name: _values(answer, name, (len(images), *self.manifest.outputs[name])) for name in outputs}
+        rows, columns = (side // self.manifest.size_step for side in images[0].shape[:2])
+        shapes = self.manifest.outputs_on(rows, columns)
+        return {name: _values(answer, name, (len(images), *shapes[name])) for name in outputs}
 
     async def _over_memory(
         self, slot: Slot, images: Sequence[Pixels], outputs: Sequence[str], timeout_s: float, priority: int

@@ -55,8 +55,8 @@ def _read(graph: "Graph", manifest: Manifest) -> tuple[ViTConfig, dict[str, Tens
     depth, rest = divmod(len(linears), len(LINEAR))
     if rest or len(norms) != 2 * depth + 1 or not convolutions:
         raise LookupError(f"{len(convolutions)} convolutions, {len(norms)} norms and {len(linears)} linear maps")
-    assert manifest.patch_size is not None
-    assert manifest.num_heads is not None
+    if manifest.patch_size is None or manifest.num_heads is None:
+        raise LookupError("it has no CLS token")
     config = ViTConfig(
         image_size=manifest.image_size, patch_size=manifest.patch_size, width=manifest.embedding_dim, depth=depth,
         heads=manifest.num_heads, mlp_ratio=linears[2][0].shape[0] / manifest.embedding_dim,
@@ -125,8 +125,17 @@ class Graph:
         return self._first("Expand")
 
     def positions(self) -> Array:
-        """`(1, P + L, D)` or `(1, L, D)`."""
-        return self._first("Add")
+        """`(1, P + L, D)` or `(1, L, D)`. In a graph for any size those of the patches are a grid `(1, D, g, g)`, which
+        a matrix from the left interpolates, and those of the prefix are put in front."""
+        constants = (self.constant(node.input[1]) for node in self.nodes if node.op_type == "MatMul")
+        grid = next((value for value in constants if value is not None and value.ndim == 4), None)
+        if grid is None:
+            return self._first("Add")
+        patches = grid.reshape(1, grid.shape[1], -1).transpose(0, 2, 1)
+        try:
+            return np.concatenate([self._first("Concat"), patches], axis=1)
+        except LookupError:
+            return patches
 
     def whitening(self, output: str) -> tuple[Array, Array] | None:
         """Mean `(D,)` and W `(D, D)` of an output that ends in (x − mean) W."""

@@ -6,6 +6,7 @@ D width, h heads.
 """
 
 import math
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
@@ -139,6 +140,10 @@ class ViT(Encoder):
         self.norm = nn.LayerNorm(D, eps=1e-6)
         self.initialize()
 
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
+
     def initialize(self) -> None:
         """Truncated normal of 0.02 for linear maps and positions, 1e-6 for CLS and registers, as in timm."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -159,7 +164,8 @@ class ViT(Encoder):
         """Positions for images of x's size, `(1, P + L, D)` or without P: interpolated where that is another."""
         config = self.config
         grid = (x.shape[-2] // config.patch_size, x.shape[-1] // config.patch_size)
-        if grid == (config.grid, config.grid):
+        # Where export traces a graph for any size, the grid is symbols: to compare them would tie it to one.
+        if all(isinstance(side, int) for side in grid) and grid == (config.grid, config.grid):
             return self.pos_embed
         return resize_positions(self.pos_embed, 0 if config.no_embed_class else config.prefix_tokens, grid)
 
@@ -186,12 +192,19 @@ class ViT(Encoder):
 
     def with_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The same tokens, and the last block's attention weights `(N, h, T, T)`."""
-        x = self.embed(x)
-        for block in list(self.blocks)[:-1]:
-            x = block(x)
-        last = self.blocks[-1]
-        assert isinstance(last, Block)
-        x, weights = last.with_attention(x)
+        tokens, (weights,) = self.attend(x, [self.depth - 1])
+        return tokens, weights
+
+    def attend(self, x: Tensor, blocks: Collection[int]) -> tuple[Tensor, list[Tensor]]:
+        """The same tokens, and the attention weights `(N, h, T, T)` of these blocks, counted from 0, in their order."""
+        x, weights = self.embed(x), []
+        for number, block in enumerate(self.blocks):
+            if number in blocks:
+                assert isinstance(block, Block)
+                x, found = block.with_attention(x)
+                weights.append(found)
+            else:
+                x = block(x)
         return self.norm(x), weights
 
 

@@ -110,7 +110,7 @@ def test_another_embedding_can_be_recommended(
     encoder = load_encoders(tmp_path / "repository", threads=1)["x"]
     assert encoder.manifest.recommended == "mean"
     told = fails([str(resnet_run), str(tmp_path / "repository" / "y"), "--recommend", "cls"], capsys)
-    assert "a ResNet has no CLS token" in told
+    assert "this encoder has no CLS token" in told
     assert not (tmp_path / "repository" / "y").exists()
 
 

@@ -13,6 +13,7 @@ import torchvision
 from public_layouts import (
     RESNETS,
     VITS,
+    WideResNet,
     attention_by_hand,
     full_dino,
     plain_dino,
@@ -21,7 +22,9 @@ from public_layouts import (
     registers,
     resnet,
     rotary,
+    simclr_v2,
     vit,
+    without_cls,
 )
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
@@ -64,7 +67,7 @@ def test_a_vit_of_any_layout_computes_what_timm_does(family: str, tmp_path: Path
     encoder = load(tmp_path / "checkpoint.pth")
     assert isinstance(encoder, PublicViT)
     x = torch.randn(3, 3, 28, 28)
-    tokens, attention = encoder.with_attention(x)
+    tokens, (attention,) = encoder.attend(x, [2])
     torch.testing.assert_close(tokens, model.forward_features(x), atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(encoder(x), tokens, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(attention, attention_by_hand(model, x), atol=1e-5, rtol=1e-4)
@@ -129,7 +132,7 @@ def test_the_graph_computes_what_timm_does(kind: str) -> None:
             "mean_embedding": tokens[:, P:].mean(dim=1),
             "patch_tokens": tokens[:, P:].reshape(3, 4, 4, -1),
         }
-    if kind == "registers":
+    if kind != "resnet":
         wanted["attention"] = attention_by_hand(model, x)[:, :, 0, P:].reshape(3, 2, 4, 4)
     for name, value in wanted.items():
         np.testing.assert_allclose(
@@ -203,6 +206,9 @@ def test_a_restricted_license_is_said_aloud(tmp_path: Path, capsys: pytest.Captu
 
 DINO = plain_dino()[1]
 WIDE = {"conv1.weight": torch.ones(128, 3, 7, 7)}
+SELECTIVE = simclr_v2(WideResNet(1).state_dict()) | {
+    "net.1.blocks.0.net.2.main_conv.0.weight": torch.ones(128, 64, 3, 3)
+}
 BROKEN: dict[str, tuple[Any, str]] = {
     "empty": (b"", "is empty"),
     "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "is a Git LFS pointer"),
@@ -217,7 +223,8 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "no positions": ({k: v for k, v in DINO.items() if k != "pos_embed"}, "timm:NAME --checkpoint"),
     "not finite": (DINO | {"cls_token": torch.full((1, 1, 128), torch.nan)}, "cls_token holds values that are not"),
     "two": (prefixed(DINO, "a.") | prefixed(DINO, "b."), "choose one with --prefix: 'a.', 'b.'"),
-    "wide ResNet": (torchvision.models.resnet18().state_dict() | WIDE, "2 times as wide as usual"),
+    "wide stem alone": (torchvision.models.resnet18().state_dict() | WIDE, "bn1.bias is (64,) instead of (128,)"),
+    "selective kernels": (SELECTIVE, "is a ResNet with selective kernels (net.1.blocks.0.net.2.main_conv.0.weight)"),
 }
 
 
@@ -279,10 +286,44 @@ def test_the_teacher_comes_before_the_student_and_what_is_left_out_is_counted(tm
     assert found.left_out["optimizer"] == 1
 
 
-def test_a_model_without_cls_or_fine_tuned_with_labels_is_refused() -> None:
-    for settings, said in (
-        ({"class_token": False, "global_pool": "avg", "fc_norm": False}, "has no CLS token"),
-        ({"global_pool": "avg"}, "was trained to the end with labels"),
-    ):
-        with pytest.raises(InvalidRequest, match=said):
-            wrap(vit(**settings), 28, MEAN, STD, "x")
+def test_a_model_fine_tuned_with_labels_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="was trained to the end with labels"):
+        wrap(vit(global_pool="avg"), 28, MEAN, STD, "x")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("registers", [0, 4])
+def test_without_cls_there_are_patches_and_their_mean(registers: int, tmp_path: Path) -> None:
+    """Through the command, against timm's own pooling; registers, where there are some, are no patches."""
+    model = without_cls(reg_tokens=registers, no_embed_class=True)
+    torch.save(model.state_dict() | {"attn_pool.latent": torch.ones(1, 1, 128)}, tmp_path / "x.pth")
+    target = tmp_path / "repository" / "x"
+    main([str(tmp_path / "x.pth"), str(target)])
+    manifest, images = load_manifest(target), noise(28, 3)
+    assert (manifest.num_heads, manifest.prefix_tokens, manifest.recommended) == (None, 0, "mean")
+    assert manifest.outputs == {"mean_embedding": (128,), "patch_tokens": (4, 4, 128)}
+    assert "no CLS token" in manifest.architecture
+    found = OrtEncoder(target, threads=1).run(images, list(manifest.outputs))
+    tokens = model.forward_features(eval_view(torch.from_numpy(images).permute(0, 3, 1, 2)))
+    close(found["mean_embedding"], model.forward_head(tokens, pre_logits=True).numpy(), 1e-5)
+    close(found["patch_tokens"], tokens[:, registers:].reshape(3, 4, 4, 128).numpy(), 1e-5)
+
+
+@torch.no_grad()
+def test_siglip_by_its_name_in_timm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its attention pooling is not part of the bundle; what cannot be asked of it is said."""
+    name = "vit_base_patch16_siglip_224"
+    model = randomized(timm.create_model(name, num_classes=0, img_size=32))
+    save_file(model.state_dict(), tmp_path / "x.safetensors")
+    told = [f"timm:{name}", "--checkpoint", str(tmp_path / "x.safetensors"), "--image-size", "32"]
+    assert "no CLS token; its embedding is the mean" in refused(capsys, tmp_path, *told, "--recommend", "cls")
+    assert "no CLS token, and no attention" in refused(capsys, tmp_path, *told, "--attention", "rollout")
+    target = tmp_path / "repository" / "x"
+    main([told[0], str(target), *told[1:], "--dynamic-size"])
+    encoder, cfg = OrtEncoder(target, threads=1), model.pretrained_cfg
+    assert (encoder.manifest.dynamic_size, encoder.manifest.num_heads) == (True, None)
+    for side in (32, 48):  # the second as timm interpolates its positions, once and for all
+        images = noise(side, 2)
+        model.set_input_size(img_size=side)
+        wanted = model.forward_features(normalized(images, cfg["mean"], cfg["std"])).mean(dim=1).numpy()
+        close(encoder.run(images, ["mean_embedding"])["mean_embedding"], wanted, 1e-4)

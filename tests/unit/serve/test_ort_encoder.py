@@ -125,3 +125,8 @@ def test_younger_fields_leave_older_bundles_as_they_are(manifest: Manifest) -> N
     assert not {"precision", "dynamic_size"} & set(json.loads(manifest.metadata()))
     told = json.loads(manifest.model_copy(update={"precision": "int8", "dynamic_size": True}).metadata())
     assert (told["precision"], told["dynamic_size"]) == ("int8", True)
+
+
+def test_a_graph_of_one_size_is_not_one_of_any_size(tmp_path: Path, make_bundle: Callable[..., Path]) -> None:
+    with pytest.raises(BundleError, match=r"not uint8 \[N, H, W, 3\]"):
+        OrtEncoder(make_bundle(tmp_path / "x", dynamic_size=True), threads=1)

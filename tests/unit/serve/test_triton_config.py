@@ -1,5 +1,6 @@
 """config.pbtxt as text, and as Triton's own schema reads it."""
 
+import json
 from typing import Any
 
 import pytest
@@ -49,7 +50,8 @@ parameters { key: "patchsight", value { string_value: "MANIFEST" } }
 
 
 def test_golden(manifest: Manifest) -> None:
-    escaped = manifest.model_dump_json(exclude={"measured"}).replace('"', '\\"')
+    told = {"name": "tiny", "sha256": "0" * 64, **json.loads(manifest.metadata())}
+    escaped = json.dumps(told, separators=(",", ":")).replace('"', '\\"')
     assert config_pbtxt(manifest) == GOLDEN.replace("MANIFEST", escaped)
 
 
@@ -119,3 +121,23 @@ def test_a_config_that_contradicts_its_manifest(manifest: Manifest) -> None:
     config.parameters["patchsight"].string_value = "{}"
     with pytest.raises(BundleError, match="parameter patchsight: Field required"):
         manifest_of(config)
+
+
+def test_a_graph_of_any_size(manifest: Manifest) -> None:
+    """-1 is any size to Triton; the warm-up keeps the encoder's own, as it must name one."""
+    config = text_format.Parse(config_pbtxt(manifest.model_copy(update={"dynamic_size": True})), ModelConfig())
+    assert tuple(config.input[0].dims) == (-1, -1, 3)
+    assert {o.name: tuple(o.dims) for o in config.output} == {
+        "cls_embedding": (96,), "mean_embedding": (96,), "attention": (3, -1, -1), "patch_tokens": (-1, -1, 96),
+    }  # fmt: skip
+    assert tuple(config.model_warmup[0].inputs["image"].dims) == (32, 32, 3)
+    assert manifest_of(config) == manifest.model_copy(update={"dynamic_size": True})
+    tensorrt = parsed(manifest.model_copy(update={"dynamic_size": True}), tensorrt_cache="/cache")
+    told = dict(tensorrt.optimization.execution_accelerators.gpu_execution_accelerator[0].parameters)
+    shapes = [told[f"trt_profile_{which}_shapes"] for which in ("min", "opt", "max")]
+    assert shapes == ["image:1x4x4x3", "image:32x32x32x3", "image:64x64x64x3"]
+
+
+def test_rollout_is_one_head(manifest: Manifest) -> None:
+    config = text_format.Parse(config_pbtxt(manifest.model_copy(update={"attention": "rollout"})), ModelConfig())
+    assert {o.name: tuple(o.dims) for o in config.output}["attention"] == (1, 8, 8)
