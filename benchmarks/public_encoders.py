@@ -5,7 +5,8 @@
 Each layout of `public_layouts.py`, with random weights: written as a checkpoint file, found in it, exported, run by
 ONNX Runtime, and compared with timm's or torchvision's forward pass on noise; attention with the softmax of the last
 block's own queries and keys, turned where positions are rotary. "any size": all outputs of the graph with
-`--dynamic-size`, at a smaller, a larger and an oblong size, against timm's own interpolation by torch.
+`--dynamic-size`, at a smaller, a larger and an oblong size, against timm's own interpolation by torch; "Triton": the
+same numbers, from a real Triton that runs the bundle.
 Errors are max|a − b| / max|b|. Writes `benchmarks/results/public_encoders.json` and the
 table in docs.
 """
@@ -20,6 +21,7 @@ import onnxruntime as ort
 import torch
 from measure import publish, save
 from public_layouts import RESNETS, VITS, attention_by_hand, dinov3, resnet, rotary, vit, without_cls
+from public_on_triton import Case, errors
 from torch import Tensor
 
 from patchsight_export.half_weights import halve, store_half
@@ -61,21 +63,26 @@ def error(found: np.ndarray, wanted: Tensor) -> float:
 
 
 @torch.no_grad()
-def any_size(encoder: PublicEncoder, outputs: tuple[str, ...], sizes: tuple[tuple[int, int], ...]) -> float:
-    """The largest error of any output at any of these sizes, which are not those that the graph was traced with."""
+def any_size(
+    family: str, encoder: PublicEncoder, outputs: tuple[str, ...], sizes: tuple[tuple[int, int], ...]
+) -> tuple[float, Case]:
+    """The largest error of any output at any of these sizes, which are not those that the graph was traced with; and
+    what Triton is to be asked."""
     module = served(encoder)
     graph = to_onnx(module, encoder.config.image_size, outputs, dynamic=True)
     session = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
-    worst = 0.0
+    worst, cases = 0.0, []
     for height, width in sizes:
         images = noise(height, BATCH, width)
-        pairs = zip(session.run(None, {"image": images}), module(torch.from_numpy(images)), strict=True)
-        worst = max([worst, *(error(found, wanted) for found, wanted in pairs)])
-    return worst
+        wanted = module(torch.from_numpy(images))
+        pairs = zip(session.run(None, {"image": images}), wanted, strict=True)
+        worst = max([worst, *(error(found, right) for found, right in pairs)])
+        cases.append((images, wanted))
+    return worst, Case(family, encoder, graph, cases)
 
 
 @torch.no_grad()
-def vit_row(model: Any, load: Callable[[bool], PublicEncoder]) -> dict[str, float]:
+def vit_row(family: str, model: Any, load: Callable[[bool], PublicEncoder]) -> tuple[dict[str, float], Case]:
     """load: the encoder, for its own size or for any."""
     images = noise(28, BATCH)
     x, P = eval_view(torch.from_numpy(images).permute(0, 3, 1, 2)), model.num_prefix_tokens
@@ -86,41 +93,44 @@ def vit_row(model: Any, load: Callable[[bool], PublicEncoder]) -> dict[str, floa
     row = {"embedding": error(found[name], embedding)}
     if P:
         row["attention"] = error(found["attention"], attention_by_hand(model, x)[:, :, 0, P:].reshape(BATCH, -1, 4, 4))
-    row["any size"] = any_size(load(True), outputs, ((14, 14), (42, 42), (56, 21)))
+    row["any size"], case = any_size(family, load(True), outputs, ((14, 14), (42, 42), (56, 21)))
     row["fp16 weights"] = error(run(load(False), images, outputs, half=True)[name], embedding)
-    return row
+    return row, case
 
 
 @torch.no_grad()
-def resnet_row(layout: str) -> dict[str, float]:
+def resnet_row(family: str, layout: str) -> tuple[dict[str, float], Case]:
     trunk, state = resnet(layout)
     images = noise(64, BATCH)
     mean = trunk(eval_view(torch.from_numpy(images).permute(0, 3, 1, 2))).mean(dim=(2, 3))
     full, half = (run(loaded(state, 64), images, ("mean_embedding",), h)["mean_embedding"] for h in (False, True))
-    everywhere = any_size(loaded(state, 64), ("mean_embedding",), ((32, 32), (96, 96), (100, 75)))
-    return {"embedding": error(full, mean), "any size": everywhere, "fp16 weights": error(half, mean)}
+    everywhere, case = any_size(family, loaded(state, 64), ("mean_embedding",), ((32, 32), (96, 96), (100, 75)))
+    return {"embedding": error(full, mean), "any size": everywhere, "fp16 weights": error(half, mean)}, case
 
 
 def main() -> None:
-    results = {}
+    rows: dict[str, tuple[dict[str, float], Case]] = {}
     for family, make in VITS.items():
         model, state = make()
-        results[family] = vit_row(model, lambda dynamic, state=state: loaded(state, None, dynamic))  # type: ignore[misc]
-        print(family, results[family], flush=True)
+        rows[family] = vit_row(family, model, lambda dynamic, state=state: loaded(state, None, dynamic))  # type: ignore[misc]
+        print(family, rows[family][0], flush=True)
     for family, network in NAMED.items():
-        results[family] = vit_row(
+        rows[family] = vit_row(
+            family,
             network(),
             lambda dynamic, network=network: wrap(network(dynamic_img_size=dynamic), 28, MEAN, STD, "timm"),  # type: ignore[misc]
         )
-        print(family, results[family], flush=True)
-    results |= {f"ResNet: {layout}": resnet_row(layout) for layout in RESNETS}
+        print(family, rows[family][0], flush=True)
+    rows |= {(family := f"ResNet: {layout}"): resnet_row(family, layout) for layout in RESNETS}
+    on_triton = errors([case for _, case in rows.values()])
+    results = {family: row | {"Triton": on_triton[family]} for family, (row, _) in rows.items()}
     save("public_encoders", {"results": results})
     publish("public_encoders", table(results))
     print(table(results))
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    columns = ("embedding", "attention", "any size", "fp16 weights")
+    columns = ("embedding", "attention", "any size", "Triton", "fp16 weights")
     lines = ["| layout | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
     for family, row in results.items():
         cells = [f"{row[column]:.0e}" if column in row else "–" for column in columns]
