@@ -64,10 +64,12 @@ def to_int8(model: onnx.ModelProto, images: Pixels, **options: Any) -> onnx.Mode
 
 
 def linear_maps(model: onnx.ModelProto) -> list[str]:
-    """Names of the products with a constant: all linear maps of a transformer's blocks. The whitening, whose product
-    leaves the graph, is not among them; nor is attention."""
-    constants, outputs = ({value.name for value in values} for values in (model.graph.initializer, model.graph.output))
-    products = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in constants]
+    """Names of the products with a constant matrix: all linear maps of a transformer's blocks. Not among them are the
+    whitening, whose product leaves the graph, attention, and positions, which are resampled for pictures of any size.
+    """
+    outputs = {value.name for value in model.graph.output}
+    matrices = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    products = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in matrices]
     return [node.name for node in products if not outputs & set(node.output)]
 
 
