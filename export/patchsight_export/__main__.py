@@ -23,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if settings.source.suffix == ".json":
             measure(settings)
+        elif (settings.source / "encoder.json").is_file():
+            convert(settings)
         else:
             export(settings)
     except (PatchsightError, OSError) as error:
@@ -39,6 +41,25 @@ def measure(settings: ExportSettings) -> None:
     print(f"{settings.source.stem} is now measured in {settings.bundle / 'encoder.json'}")
 
 
+def convert(settings: ExportSettings) -> None:
+    """Publish what is published already at another precision: graph to graph, without the network it was made of."""
+    from rich.console import Console
+
+    from patchsight_export.bundle_source import read_bundle
+    from patchsight_export.precision import at_precision, check_combination
+    from patchsight_export.repository import check_free, publish
+
+    print(f"{PROG}\n{settings.describe()}")
+    check_combination(settings, published=True)
+    check_free(settings.bundle)
+    manifest, graph = read_bundle(settings.source)
+    made_of = f"# made of the bundle {manifest.name}, sha256 {manifest.sha256}\n{manifest.recipe}"
+    draft = manifest.model_copy(update={"name": settings.bundle.name, "recipe": made_of})
+    manifest, model = at_precision(graph, draft, settings, Console())
+    publish(settings.bundle, manifest, model)
+    print(f"published {settings.bundle}: {len(model) / 1e6:.2f} MB, sha256 {manifest.sha256}")
+
+
 def export(settings: ExportSettings) -> None:
     """Rebuild the encoder, make the graph, compare it with torch, publish. All is in memory until it is verified."""
     from patchsight_export.repository import check_free, publish
@@ -48,6 +69,10 @@ def export(settings: ExportSettings) -> None:
     check_free(settings.bundle)
 
     from rich.console import Console
+
+    from patchsight_export.precision import at_precision, check_combination
+
+    check_combination(settings, published=False)
 
     from patchsight_export.dynamic_size import other_sizes
     from patchsight_export.half_weights import halve, round_to_half, store_half
@@ -84,6 +109,8 @@ def export(settings: ExportSettings) -> None:
     checks = verify(model, module, draft.outputs, pictures, other_sizes(draft))
     print("\n".join(verdict(checks, list(draft.outputs))))
     manifest = source.manifest(settings.bundle.name, hashlib.sha256(model).hexdigest())
+    if settings.precision != "fp32":
+        manifest, model = at_precision(graph, manifest, settings, Console())
     publish(settings.bundle, manifest, model)
     print(
         f"published {settings.bundle}: opset {settings.opset}, {len(model) / 1e6:.2f} MB, sha256 {manifest.sha256}, "

@@ -17,8 +17,9 @@ class ExportSettings(CommandSettings):
     table: ClassVar[str] = "export"
 
     source: CliPositionalArg[Path] = Field(
-        description="run folder of patchsight-train; timm:NAME, a model of timm; a checkpoint file (.pth, .ckpt, "
-        ".safetensors) of DINO, MAE, DINOv2, SimCLR, lightly, …; or a file *.json that patchsight-knn printed"
+        description="run folder of patchsight-train; a bundle, for --precision; timm:NAME, a model of timm; a "
+        "checkpoint file (.pth, .ckpt, .safetensors) of DINO, MAE, DINOv2, SimCLR, lightly, …; or a file *.json that "
+        "patchsight-knn printed"
     )
     bundle: CliPositionalArg[Path] = Field(
         description="MODEL_REPOSITORY/NAME: the bundle to make, or the one that was measured"
@@ -33,6 +34,15 @@ class ExportSettings(CommandSettings):
     )
     weights: Literal["fp32", "fp16"] = Field(
         "fp32", description="as stored in the file; fp16 halves it, computed is in fp32 all the same"
+    )
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = Field(
+        "fp32",
+        description="what the graph computes in, its products at least; int8 needs --calibrate",
+    )
+    calibrate: str | None = Field(
+        None,
+        description="--precision: images like those to come, a folder or Parquet; int8's ranges are learned from some, "
+        "the result is judged on the others, by k-NN too where they have labels",
     )
     step: Annotated[int, Field(ge=1)] | None = Field(None, description="checkpoint to export (default: the newest)")
     opset: Annotated[Literal[18, 23], BeforeValidator(number)] = Field(

@@ -44,36 +44,53 @@ def verify(
         BundleError: the file is not valid ONNX, ONNX Runtime cannot run it, an output has another shape, or a value
             differs by more than `LIMIT`, from torch or between an image alone and the same image in a batch.
     """
-    session = _load(model)
+    session = load(model)
     checks = []
     for kind, images in pictures.items():
-        whole = _run(session, images[: max(BATCHES)], outputs)
+        apart = alone(session, kind, images, outputs)
         for batch in BATCHES:
             found, wanted = _run(session, images[:batch], outputs), _torch(served, images[:batch])
             checks += _compare(f"torch, {kind}, batch {batch}", outputs, found, wanted)
-        alone = [_run(session, images[i : i + 1], outputs) for i in range(max(BATCHES))]
-        joined = [np.concatenate(values) for values in zip(*alone, strict=True)]
-        checks += _compare(f"one by one, {kind}", outputs, joined, whole)
+        checks += apart
     for kind, (shapes, images) in (others or {}).items():
         checks += _compare(kind, shapes, _run(session, images, shapes), _torch(served, images))
+    refuse(checks)
+    return checks
+
+
+def alone(
+    session: ort.InferenceSession, kind: str, images: Pixels, outputs: Mapping[str, tuple[int, ...]]
+) -> list[Check]:
+    """The same images one by one and in a batch, by output. Raises BundleError as `verify`, but for the limit."""
+    whole = _run(session, images[: max(BATCHES)], outputs)
+    single = [_run(session, images[i : i + 1], outputs) for i in range(max(BATCHES))]
+    joined = [np.concatenate(values) for values in zip(*single, strict=True)]
+    return _compare(f"one by one, {kind}", outputs, joined, whole)
+
+
+def refuse(checks: Sequence[Check]) -> None:
+    """Raises BundleError where a value differs by more than `LIMIT`."""
     if failed := [c for c in checks if not c.error <= LIMIT]:  # also where the error is NaN
         worst = max(failed, key=lambda c: np.nan_to_num(c.error, nan=np.inf))
         raise BundleError(
             f"not published: {worst.output} differs by {worst.error:.2g} of its largest value ({worst.what}), the "
             f"limit is {LIMIT:g}; {len(failed)} of {len(checks)} comparisons fail"
         )
-    return checks
 
 
-def _load(model: bytes) -> ort.InferenceSession:
+def load(model: bytes, provider: str = "CPUExecutionProvider") -> ort.InferenceSession:
+    """A session of the file. Raises BundleError if it is not valid ONNX, or this provider cannot run it."""
     try:
         onnx.checker.check_model(model, full_check=True)
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(model, options, providers=[provider])
     except Exception as error:  # neither library's exceptions have a base that leaves out the rest
         raise BundleError(f"not published: the ONNX file is not valid: {error}") from error
+    if provider not in session.get_providers():  # ONNX Runtime goes on without it, and says nothing
+        raise BundleError(f"not published: ONNX Runtime has no usable {provider} here")
+    return session
 
 
 def _run(session: ort.InferenceSession, images: Pixels, outputs: Mapping[str, tuple[int, ...]]) -> list[Values]:

@@ -33,7 +33,8 @@ def check(bundle: Path) -> list[str]:
     _check_triton(bundle, manifest)
     lines = [
         f"sha256 {manifest.sha256}",
-        f"encoder.json, the graph's metadata and config.pbtxt agree; {len(manifest.outputs)} outputs",
+        f"encoder.json, the graph's metadata and config.pbtxt agree; {len(manifest.outputs)} outputs, computed in "
+        f"{manifest.precision}",
     ]
     for kind, images in (("noise", noise(manifest.transform.crop)), ("photos", photos(manifest.transform))):
         worst = max(_differences(encoder, images))

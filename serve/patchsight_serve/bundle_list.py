@@ -6,7 +6,7 @@ from patchsight_serve.errors import PatchsightError
 from patchsight_serve.manifest import Manifest, load_manifest
 from patchsight_serve.repository import bundles
 
-COLUMNS = ("name", "sees", "architecture", "MB", "embedding", "objective", "measured")
+COLUMNS = ("name", "sees", "architecture", "MB", "precision", "embedding", "objective", "measured")
 
 
 def bundles_by_name(model_repository: Path) -> dict[str, Manifest | PatchsightError]:
@@ -35,7 +35,7 @@ def table(model_repository: Path, found: dict[str, Manifest | PatchsightError]) 
 def _row(manifest: Manifest, size: int) -> tuple[str, ...]:
     width = manifest.embedding_dim * (2 if manifest.recommended == "both" else 1)
     return (
-        manifest.name, f"{manifest.image_size} px", manifest.architecture, f"{size / 1e6:.1f}",
+        manifest.name, f"{manifest.image_size} px", manifest.architecture, f"{size / 1e6:.1f}", manifest.precision,
         f"{manifest.recommended}, {width}", manifest.objective, headline(manifest),
     )  # fmt: skip
 

@@ -16,13 +16,14 @@ def card(manifest: Manifest, size: int) -> str:
     """size: of `1/model.onnx`, bytes."""
     parts = [
         f"# {manifest.name}",
-        f"{manifest.architecture}, {manifest.parameters / 1e6:.2f} million parameters, {size / 1e6:.1f} MB. "
-        f"Trained by {manifest.objective} on: {manifest.data}.",
+        f"{manifest.architecture}, {manifest.parameters / 1e6:.2f} million parameters, {size / 1e6:.1f} MB, in "
+        f"{manifest.precision}. Trained by {manifest.objective} on: {manifest.data}.",
         f"**License**: {manifest.license}",
         "## In and out",
         _signature(manifest),
         "## Measured",
         _measured(manifest),
+        *_precision(manifest),
         "## Use",
         _use(manifest),
         "## Recipe",
@@ -82,6 +83,27 @@ def _knn_rows(name: str, values: Any) -> str:
         return f"| {name} | {values['encoder']['output']} | {images} | {by_k} |"
     except (KeyError, TypeError, AttributeError):
         return ""
+
+
+def _precision(manifest: Manifest) -> list[str]:
+    """What the precision costs and saves, as export measured it; nothing for fp32."""
+    try:
+        found = manifest.measured["precision"]
+        cosine = found["cosine"][f"{manifest.recommended}_embedding"]
+        told = [
+            f"{found['bytes'] / found['fp32_bytes']:.2f} of the file",
+            f"cosine of the recommended embedding {cosine['mean']:.5f} in the mean, {cosine['least']:.5f} at least",
+        ]
+        if "speed" in found:
+            told.append(f"{found['speed']:.2f}× the speed on the CPU that exported it")
+        if "top10_overlap" in found:
+            told.append(f"{100 * found['top10_overlap']:.1f} % of the ten nearest the same")
+        if knn := found.get("knn"):
+            told.append(f"{knn['k']}-NN {100 * (knn['accuracy'] - knn['fp32']):+.2f} points")
+        images = f"{found['images']:,} images"
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError):
+        return []
+    return ["## Precision", f"Against the same encoder in fp32, on {images}: {'; '.join(told)}."]
 
 
 def _use(manifest: Manifest) -> str:

@@ -41,7 +41,8 @@ class OrtEncoder:
                 (bundle / "1" / "model.onnx").read_bytes(), options, providers=list(providers)
             )
         except Exception as error:  # ONNX Runtime's exceptions have no common base
-            raise BundleError(f"{bundle.name}: ONNX Runtime cannot load 1/model.onnx: {error}") from error
+            needs = "; bf16 needs a GPU" if self.manifest.precision == "bf16" else ""
+            raise BundleError(f"{bundle.name}: ONNX Runtime cannot load 1/model.onnx: {error}{needs}") from error
         _require(providers, self._session.get_providers(), bundle.name)
         self._check_metadata()
         self._check_signature()

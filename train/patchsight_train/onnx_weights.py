@@ -28,8 +28,10 @@ def read_vit(model: Path, manifest: Manifest) -> tuple[ViTConfig, dict[str, Tens
     """The architecture, and every parameter of `ViT` by its name, float32 whatever the file stores.
 
     Raises:
-        InvalidRequest: the graph is not that of a ViT of ours.
+        InvalidRequest: the graph is not that of a ViT of ours, or its weights are integers.
     """
+    if manifest.precision == "int8":
+        raise InvalidRequest(f"{model}: its weights are rounded to int8; give the bundle in fp32 that it was made of")
     graph = Graph(onnx.load(model).graph)
     try:
         return _read(graph, manifest)

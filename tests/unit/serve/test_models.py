@@ -111,3 +111,28 @@ def test_a_wrong_name_removes_nothing(repository: Path, names: list[str], capsys
 def test_a_wrong_action_is_a_usage_error(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(repository, "delete", "a", status=2)
     assert "Input should be 'list', 'show', 'verify', 'remove' or 'triton' (got 'delete')" in capsys.readouterr().err
+
+
+def test_the_precision_is_listed_and_its_verdict_is_on_the_card(
+    make_bundle: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {
+        "bytes": 30, "fp32_bytes": 100, "images": 1000, "speed": 1.5, "top10_overlap": 0.94,
+        "cosine": {"cls_embedding": {"least": 0.99, "mean": 0.995}}, "knn": {"k": 20, "fp32": 0.7, "accuracy": 0.697},
+    }  # fmt: skip
+    make_bundle(tmp_path / "full")
+    make_bundle(tmp_path / "low", precision="int8", measured={"precision": figures})
+    make_bundle(tmp_path / "odd", precision="fp16", measured={"precision": figures | {"cosine": 3}})
+    run(tmp_path, "list")
+    column = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["fp32" in column[1], "int8" in column[2], "fp16" in column[3]] == [True] * 3
+    assert "precision" in column[0]
+    run(tmp_path, "show", "low", "full", "odd")
+    told = capsys.readouterr().out
+    assert (
+        "## Precision\n\nAgainst the same encoder in fp32, on 1,000 images: 0.30 of the file; cosine of the "
+        "recommended embedding 0.99500 in the mean, 0.99000 at least; 1.50× the speed on the CPU that exported it; "
+        "94.0 % of the ten nearest the same; 20-NN -0.30 points.\n"
+    ) in told
+    assert told.count("## Precision") == 1
+    assert [f"MB, in {precision}." in told for precision in ("int8", "fp32", "fp16")] == [True] * 3

@@ -100,7 +100,12 @@ def test_a_file_that_is_no_graph_is_refused(make_bundle: Callable[..., Path], tm
     (bundle / "1" / "model.onnx").write_bytes(b"no graph")
     told = json.loads((bundle / "encoder.json").read_text())
     (bundle / "encoder.json").write_text(json.dumps(told | {"sha256": sha256_of(bundle / "1" / "model.onnx")}))
-    with pytest.raises(BundleError, match="ONNX Runtime cannot load"):
+    with pytest.raises(BundleError, match="ONNX Runtime cannot load(?!.*bf16)"):
+        OrtEncoder(bundle)
+    (bundle / "encoder.json").write_text(
+        json.dumps(told | {"sha256": sha256_of(bundle / "1" / "model.onnx"), "precision": "bf16"})
+    )
+    with pytest.raises(BundleError, match="ONNX Runtime cannot load.*; bf16 needs a GPU"):
         OrtEncoder(bundle)
 
 

@@ -1,0 +1,106 @@
+"""A training, three exports of it, and the neighbors of all: torch, fp32, fp16 and int8 see the same."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from patchsight_export.source import read_run
+from patchsight_serve.dataset import read_dataset
+from patchsight_serve.decode import decode
+from patchsight_serve.manifest import load_manifest
+from patchsight_serve.nearest import normalize
+from patchsight_serve.ort_encoder import OrtEncoder
+from patchsight_serve.protocol import evaluate
+from patchsight_train.data import eval_transform
+from patchsight_train.probe import embed
+
+TRAIN, TEST, BATCH = 3000, 2000, 50
+POINTS = {"fp32": 0.5, "fp16": 0.5, "int8": 1.0}  # of 20-NN, from torch's
+SAME = {"fp32": 0.999, "fp16": 0.995, "int8": 0.9}  # share of the predictions
+
+
+@pytest.fixture(scope="module")
+def cifar(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cifar")
+    for part, rows in (("train", TRAIN), ("test", TEST)):
+        pq.write_table(pq.read_table(data / "cifar10" / f"{part}.parquet").slice(0, rows), folder / f"{part}.parquet")
+    return folder
+
+
+def side(cifar: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+    dataset = read_dataset(cifar / f"{part}.parquet")
+    assert dataset.labels is not None
+    return np.stack([decode(dataset.read(i), eval_transform(32)) for i in range(len(dataset))]), dataset.labels
+
+
+def check_round_trip(cifar: Path, folder: Path, command: Callable, training: tuple[object, ...]) -> None:
+    run = folder / "runs" / "micro"
+    trained = command(
+        "patchsight-train", "simclr", "--data", cifar / "train.parquet", "--run", run, "--stem", "conv",
+        "--batch-size", 100, "--warmup-epochs", 1, "--projection-hidden", 128, "--threads", 1, *training,
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    (gallery, labels), (queries, truth) = side(cifar, "train"), side(cifar, "test")
+
+    def knn(vectors: Callable[[np.ndarray], np.ndarray]) -> tuple[float, np.ndarray]:
+        figures = evaluate(normalize(vectors(gallery)), labels, normalize(vectors(queries)), truth)
+        return 100 * figures.accuracy[20], figures.predictions[20]
+
+    encoder = read_run(run).encoder
+    accuracy, predicted = knn(
+        lambda x: embed(encoder, torch.from_numpy(x).permute(0, 3, 1, 2), "cls", torch.device("cpu")).numpy()
+    )
+    assert accuracy > 25  # ten classes: chance is 10
+    sizes = {}
+    for precision, points in POINTS.items():
+        bundle = folder / "model_repository" / precision
+        calibrate = ("--calibrate", cifar / "train.parquet") if precision == "int8" else ()
+        exported = command("patchsight-export", run, bundle, "--precision", precision, *calibrate)
+        assert exported.returncode == 0, exported.stderr
+        checked = command("patchsight-models", "verify", precision, "--model-repository", bundle.parent)
+        assert f"computed in {precision}" in checked.stdout
+        served = OrtEncoder(bundle, threads=1)
+        assert served.manifest.precision == precision
+        found, predictions = knn(lambda x, served=served: run_in_batches(served, x))
+        assert abs(found - accuracy) <= points, precision
+        assert (predictions == predicted).mean() >= SAME[precision], precision
+        check_alone(served, queries[:8])
+        sizes[precision] = (bundle / "1" / "model.onnx").stat().st_size
+    assert max(sizes["fp16"], sizes["int8"]) < 0.7 * sizes["fp32"]
+    check_verdict(folder / "model_repository" / "int8")
+
+
+def run_in_batches(served: OrtEncoder, pixels: np.ndarray) -> np.ndarray:
+    parts = [served.run(pixels[i : i + BATCH], ["cls_embedding"]) for i in range(0, len(pixels), BATCH)]
+    return np.concatenate([part["cls_embedding"] for part in parts])
+
+
+def check_alone(served: OrtEncoder, images: np.ndarray) -> None:
+    names = ["cls_embedding", "mean_embedding"]
+    together = served.run(images, names)
+    for i in range(len(images)):
+        alone = served.run(images[i : i + 1], names)
+        for name in names:
+            error = np.abs(alone[name][0] - together[name][i]).max() / np.abs(together[name]).max()
+            assert error <= 1e-6, (name, i)
+
+
+def check_verdict(bundle: Path) -> None:
+    """What export said of int8 is what is measured here."""
+    figures = load_manifest(bundle).measured["precision"]
+    assert figures["images"] == 1000
+    assert 0.98 <= figures["cosine"]["cls_embedding"]["mean"] < 1
+    assert abs(figures["knn"]["accuracy"] - figures["knn"]["fp32"]) < 0.03
+
+
+def test_round_trip(cifar: Path, tmp_path: Path, command: Callable) -> None:
+    check_round_trip(cifar, tmp_path, command, ("--width", 64, "--depth", 2, "--heads", 2, "--epochs", 2))
+
+
+@pytest.mark.acceptance
+def test_round_trip_after_a_minute_of_training(cifar: Path, tmp_path: Path, command: Callable) -> None:
+    check_round_trip(cifar, tmp_path, command, ("--width", 128, "--depth", 4, "--heads", 4, "--epochs", 2))
