@@ -32,14 +32,7 @@ JUDGING = 1000  # images, others than those, that the result is judged on
 LEAST = 64  # images to calibrate and judge with
 RANGE = 64  # of those, that fp16's range is tried on
 SAMPLES = 200  # photos of the sample gallery, that judge where no images are given
-FOR_A_BUNDLE = {
-    "source",
-    "bundle",
-    "precision",
-    "calibrate",
-    "weights",
-    "config",
-}  # what can be said of a published one
+FOR_A_BUNDLE = {"source", "bundle", "precision", "calibrate", "weights", "config"}  # what can be said of one
 
 
 def check_combination(settings: ExportSettings, published: bool) -> None:

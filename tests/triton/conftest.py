@@ -16,14 +16,14 @@ ENCODERS = ("dino-vit-cifar10", "simclr-vit-tiny-cifar10")
 
 @pytest.fixture(scope="session")
 def start_triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., TritonProcess]]:
-    """`start_triton(encoder, …)`: a Triton that serves them by its python backend. All are stopped at the end."""
+    """`start_triton(bundle, …)`: a Triton that serves them by its python backend. All are stopped at the end."""
     if not any(ENVIRONMENT.glob("lib/python*/site-packages/pytriton")):
         pytest.skip(f"no Triton in {ENVIRONMENT}: `make .triton-venv/.built` installs it, on x86-64 Linux")
     running: list[TritonProcess] = []
 
-    def start(*encoders: str) -> TritonProcess:
+    def start(*bundles: Path) -> TritonProcess:
         folder = tmp_path_factory.mktemp("triton")
-        write_triton_models([MODELS / name for name in encoders], folder / "models", "python")
+        write_triton_models(bundles, folder / "models", "python")
         triton = TritonProcess(folder / "models", folder / "log")
         triton.start()
         running.append(triton)
@@ -41,7 +41,7 @@ def start_triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
 @pytest.fixture(scope="session")
 def triton(start_triton: Callable[..., TritonProcess]) -> TritonProcess:
     """A Triton that no test may harm."""
-    return start_triton(*ENCODERS)
+    return start_triton(*(MODELS / name for name in ENCODERS))
 
 
 @pytest.fixture(scope="session")

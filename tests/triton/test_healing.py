@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from measure import ROOT
 from triton_clients import HEALED_S, Seen, under_load
 
 ENCODER = "dino-vit-cifar10"  # the quickest that ships
@@ -31,7 +32,7 @@ def judge(seen: Seen, harmed: float, healed_from: float) -> None:
 @pytest.fixture
 def gateway(serve: Callable[..., str], start_triton: Callable[..., Any]) -> tuple[str, Any]:
     """A Triton that may be harmed, and the gateway in front of it."""
-    triton = start_triton(ENCODER)
+    triton = start_triton(ROOT / "model_repository" / ENCODER)
     return serve("--triton", triton.address, "--no-sample-gallery"), triton
 
 

@@ -1,5 +1,7 @@
-"""A training, three exports of it, and the neighbors of all: torch, fp32, fp16 and int8 see the same."""
+"""A training, three exports of it, and the neighbors of all: torch, fp32, fp16 and int8 see the same, in process and on a
+real Triton."""
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,14 +13,17 @@ import torch
 from patchsight_export.source import read_run
 from patchsight_serve.dataset import read_dataset
 from patchsight_serve.decode import decode
+from patchsight_serve.encoder import RemoteEncoder
 from patchsight_serve.manifest import load_manifest
 from patchsight_serve.nearest import normalize
 from patchsight_serve.ort_encoder import OrtEncoder
 from patchsight_serve.protocol import evaluate
+from patchsight_serve.triton_discovery import find_encoders
+from patchsight_serve.triton_engine import TritonEngine
 from patchsight_train.data import eval_transform
 from patchsight_train.probe import embed
 
-TRAIN, TEST, BATCH = 3000, 2000, 50
+TRAIN, TEST, BATCH = 2000, 1000, 50
 POINTS = {"fp32": 0.5, "fp16": 0.5, "int8": 1.0}  # of 20-NN, from torch's
 SAME = {"fp32": 0.999, "fp16": 0.995, "int8": 0.9}  # share of the predictions
 
@@ -37,7 +42,9 @@ def side(cifar: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([decode(dataset.read(i), eval_transform(32)) for i in range(len(dataset))]), dataset.labels
 
 
-def check_round_trip(cifar: Path, folder: Path, command: Callable, training: tuple[object, ...]) -> None:
+def check_round_trip(
+    cifar: Path, folder: Path, command: Callable, start_triton: Callable, training: tuple[object, ...]
+) -> None:
     run = folder / "runs" / "micro"
     trained = command(
         "patchsight-train", "simclr", "--data", cifar / "train.parquet", "--run", run, "--stem", "conv",
@@ -58,8 +65,9 @@ def check_round_trip(cifar: Path, folder: Path, command: Callable, training: tup
     sizes = {}
     for precision, points in POINTS.items():
         bundle = folder / "model_repository" / precision
-        calibrate = ("--calibrate", cifar / "train.parquet") if precision == "int8" else ()
-        exported = command("patchsight-export", run, bundle, "--precision", precision, *calibrate)
+        # int8 is made of the bundle in fp32, the others of the run.
+        how = (run,) if precision != "int8" else (bundle.parent / "fp32", "--calibrate", cifar / "train.parquet")
+        exported = command("patchsight-export", how[0], bundle, "--precision", precision, *how[1:])
         assert exported.returncode == 0, exported.stderr
         checked = command("patchsight-models", "verify", precision, "--model-repository", bundle.parent)
         assert f"computed in {precision}" in checked.stdout
@@ -72,6 +80,21 @@ def check_round_trip(cifar: Path, folder: Path, command: Callable, training: tup
         sizes[precision] = (bundle / "1" / "model.onnx").stat().st_size
     assert max(sizes["fp16"], sizes["int8"]) < 0.7 * sizes["fp32"]
     check_verdict(folder / "model_repository" / "int8")
+    triton = start_triton(*(folder / "model_repository" / precision for precision in POINTS))
+    for name, remote in find_encoders(triton.address, wait_s=5).items():
+        served = OrtEncoder(folder / "model_repository" / name, threads=1)
+        asyncio.run(check_on_triton(remote, served, queries[:BATCH]))
+
+
+async def check_on_triton(remote: RemoteEncoder, served: OrtEncoder, images: np.ndarray) -> None:
+    """The numbers that the neighbors above were found by."""
+    outputs = list(remote.manifest.outputs)
+    wanted = served.run(images, outputs)
+    async with TritonEngine(remote) as engine:
+        found, _ = await engine.run(list(images), outputs)
+    for name in outputs:
+        error = np.abs(np.stack([result[name] for result in found]) - wanted[name]).max()
+        assert error <= 1e-6 * np.abs(wanted[name]).max(), (remote.manifest.name, name)
 
 
 def run_in_batches(served: OrtEncoder, pixels: np.ndarray) -> np.ndarray:
@@ -97,10 +120,14 @@ def check_verdict(bundle: Path) -> None:
     assert abs(figures["knn"]["accuracy"] - figures["knn"]["fp32"]) < 0.03
 
 
-def test_round_trip(cifar: Path, tmp_path: Path, command: Callable) -> None:
-    check_round_trip(cifar, tmp_path, command, ("--width", 64, "--depth", 2, "--heads", 2, "--epochs", 2))
+def test_round_trip(cifar: Path, tmp_path: Path, command: Callable, start_triton: Callable) -> None:
+    check_round_trip(cifar, tmp_path, command, start_triton, ("--width", 64, "--depth", 2, "--heads", 2, "--epochs", 2))
 
 
 @pytest.mark.acceptance
-def test_round_trip_after_a_minute_of_training(cifar: Path, tmp_path: Path, command: Callable) -> None:
-    check_round_trip(cifar, tmp_path, command, ("--width", 128, "--depth", 4, "--heads", 4, "--epochs", 2))
+def test_round_trip_after_a_minute_of_training(
+    cifar: Path, tmp_path: Path, command: Callable, start_triton: Callable
+) -> None:
+    check_round_trip(
+        cifar, tmp_path, command, start_triton, ("--width", 128, "--depth", 4, "--heads", 4, "--epochs", 4)
+    )
