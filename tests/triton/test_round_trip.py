@@ -1,5 +1,5 @@
-"""A training, three exports of it, and the neighbors of all: torch, fp32, fp16 and int8 see the same, in process and on a
-real Triton."""
+"""A training, three exports of it, and the neighbors of all: torch, fp32, fp16 and int8 see the same, in process and on
+a real Triton."""
 
 import asyncio
 from collections.abc import Callable
@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from patchsight_export.__main__ import main as export
 from patchsight_export.source import read_run
+from patchsight_serve.bundle_check import check
 from patchsight_serve.dataset import read_dataset
 from patchsight_serve.decode import decode
 from patchsight_serve.encoder import RemoteEncoder
@@ -65,12 +67,10 @@ def check_round_trip(
     sizes = {}
     for precision, points in POINTS.items():
         bundle = folder / "model_repository" / precision
-        # int8 is made of the bundle in fp32, the others of the run.
-        how = (run,) if precision != "int8" else (bundle.parent / "fp32", "--calibrate", cifar / "train.parquet")
-        exported = command("patchsight-export", how[0], bundle, "--precision", precision, *how[1:])
-        assert exported.returncode == 0, exported.stderr
-        checked = command("patchsight-models", "verify", precision, "--model-repository", bundle.parent)
-        assert f"computed in {precision}" in checked.stdout
+        source = run if precision == "fp32" else bundle.parent / "fp32"
+        calibrate = ["--calibrate", str(cifar / "train.parquet")] if precision == "int8" else []
+        export([str(source), str(bundle), "--precision", precision, *calibrate])
+        assert any(f"computed in {precision}" in line for line in check(bundle))
         served = OrtEncoder(bundle, threads=1)
         assert served.manifest.precision == precision
         found, predictions = knn(lambda x, served=served: run_in_batches(served, x))
