@@ -44,7 +44,7 @@ def errors(cases: Sequence[Case]) -> dict[str, float]:
             remotes = find_encoders(triton.address, wait_s=30)
             return {case.family: asyncio.run(_error(case, remotes[_name(case.family)])) for case in cases}
         finally:
-            triton.kill()
+            triton.stop()
 
 
 async def _error(case: Case, remote: RemoteEncoder) -> float:

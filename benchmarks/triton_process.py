@@ -49,7 +49,8 @@ class TritonProcess:
         assert self._launcher is not None
         self.harmed = True
         (server,) = children(self._launcher.pid)
-        os.kill(server, signal.SIGKILL)
+        for pid in (server, *children(server)):  # its workers would go on for a while
+            os.kill(pid, signal.SIGKILL)
         self._launcher.wait(timeout=40)
 
     def kill_worker(self, encoder: str) -> None:
