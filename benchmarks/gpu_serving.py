@@ -28,12 +28,12 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from measure import ROOT, save
+from measure import ROOT, publish, save
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from outputs import Plain
 from torch import Tensor, nn
 
-from patchsight_export.to_onnx import OUTPUTS, ServedViT, served, to_onnx
+from patchsight_export.to_onnx import OUTPUTS, served, to_onnx
 from patchsight_serve.ort_encoder import OPTIONS, OrtEncoder
 from patchsight_serve.repository import PROVIDERS
 from patchsight_serve.trial_pictures import noise
@@ -52,19 +52,25 @@ KEPT = ("LayerNormalization", "Softmax")  # in fp32, in graphs that are converte
 Run = Callable[[np.ndarray], Any]
 
 
-class Lowered(nn.Module):
-    """An encoder whose blocks compute in another precision as a whole; what is before them, and what leaves, is
-    float32: ONNX Runtime has no Conv of bf16."""
+def lowered(encoder: ViT, dtype: torch.dtype) -> ViT:
+    """A copy whose blocks compute in another precision as a whole; what is before and after them is float32, as ONNX
+    Runtime has no Conv of bf16."""
+    copied = copy.deepcopy(encoder)
+    copied.blocks.to(dtype)
+    copied.blocks[0].register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype),))
+    copied.norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+    return copied
 
-    def __init__(self, encoder: ViT, dtype: torch.dtype) -> None:
+
+class Float32(nn.Module):
+    """All outputs as float32: the attention of a lowered block is not."""
+
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.encoder, self.dtype, self.config = copy.deepcopy(encoder), dtype, encoder.config
-        self.encoder.blocks.to(dtype)
+        self.module = module
 
-    def with_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.encoder.run_blocks(self.encoder.embed(x).to(self.dtype), slice(-1))
-        x, weights = self.encoder.blocks[-1].with_attention(x)  # type: ignore[operator]
-        return self.encoder.norm(x.float()), weights.float()
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        return tuple(output.float() for output in self.module(image))
 
 
 def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -77,16 +83,16 @@ def graphs(encoder: ViT) -> Iterator[tuple[str, Callable[[], onnx.ModelProto], d
     size = encoder.config.image_size
     full, full18 = to_onnx(served(encoder), size), to_onnx(served(encoder), size, opset=18)
 
-    def lowered(dtype: torch.dtype) -> onnx.ModelProto:
-        return to_onnx(ServedViT(Lowered(encoder, dtype), {}, both=False), size)  # type: ignore[arg-type]
+    def blocks_in(dtype: torch.dtype) -> onnx.ModelProto:
+        return to_onnx(Float32(served(lowered(encoder, dtype))), size)
 
     yield "fp32", lambda: full, {"use_tf32": "0"}
     yield "tf32", lambda: full, {"use_tf32": "1"}
     yield "tf32, opset 18", lambda: full18, {"use_tf32": "1"}
     yield "fp16", lambda: to_half(full), {}
     yield "fp16, opset 18", lambda: to_half(full18), {}
-    yield "fp16 blocks", lambda: lowered(torch.float16), {}
-    yield "bf16 blocks", lambda: lowered(torch.bfloat16), {}
+    yield "fp16 blocks", lambda: blocks_in(torch.float16), {}
+    yield "bf16 blocks", lambda: blocks_in(torch.bfloat16), {}
     yield "fp16, embeddings alone", lambda: to_half(to_onnx(Plain(encoder), size, EMBEDDINGS)), {}
 
 
@@ -236,7 +242,7 @@ def random_vit(config: ViTConfig) -> ViT:
     """No two tensors of it are equal: the exporter would make one of them, which the conversion to fp16 stumbles on."""
     encoder = ViT(config)
     for parameter in encoder.parameters():
-        parameter += 0.02 * torch.randn_like(parameter)
+        parameter.add_(torch.randn_like(parameter), alpha=0.02)
     return encoder
 
 
@@ -281,6 +287,18 @@ def main() -> None:
             case.measure()
         figures["seconds"] = round(time.perf_counter() - start, 1)
         print(save("gpu_serving", figures), figures["seconds"], flush=True)
+    publish("gpu_serving", table(figures["encoders"]))
+
+
+def table(encoders: dict[str, Any]) -> str:
+    """Images a second with batches of 32 and of 256, embeddings alone; a row for each way."""
+    lines = [f"| batch 32 · 256 | {' | '.join(encoders)} |", "| --- |" + " --- |" * len(encoders)]
+    ways = next(iter(encoders.values()))["images_per_s"]
+    for way in [way for way in ways if "all outputs" not in way]:
+        rates = [{int(b): rate for b, rate in found["images_per_s"][way].items()} for found in encoders.values()]
+        cells = [" · ".join(f"{rate[b]:,.0f}" if b in rate else "–" for b in (32, 256)) for rate in rates]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
