@@ -41,7 +41,7 @@ from patchsight_train.architecture import SIZES, ViTConfig
 from patchsight_train.initial import read_encoder
 from patchsight_train.vit import ViT
 
-BUNDLES = ("simclr-vit-tiny-cifar10", "simclr-vit-tiny-photos")
+BUNDLES = ("simclr-vit-tiny-cifar10-long", "simclr-vit-tiny-photos")
 RANDOM = {
     "ViT-S/16, 224 px": ViTConfig(image_size=224, patch_size=16, **SIZES["small"]),  # type: ignore[arg-type]
     "ViT-B/16, 224 px": ViTConfig(image_size=224, patch_size=16, **SIZES["base"]),  # type: ignore[arg-type]
