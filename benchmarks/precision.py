@@ -37,7 +37,7 @@ from patchsight_serve.protocol import Rows, evaluate
 
 # Encoder, data, images in the gallery.
 TRIALS = (
-    ("simclr-vit-tiny-cifar10", "cifar10", "cifar10/train.parquet", "cifar10/test.parquet", 3000),
+    ("simclr-vit-tiny-cifar10-long", "cifar10", "cifar10/train.parquet", "cifar10/test.parquet", 3000),
     ("simclr-vit-tiny-photos", "tiny_imagenet", "tiny_imagenet/train-*.parquet", "tiny_imagenet/test.parquet", 2000),
 )
 QUERIES = 1000

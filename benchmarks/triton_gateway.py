@@ -32,7 +32,7 @@ from patchsight_serve.triton_discovery import find_encoders
 from patchsight_serve.triton_engine import TritonEngine
 from patchsight_serve.triton_models import write_triton_models
 
-ENCODER = "simclr-vit-tiny-cifar10"
+ENCODER = "simclr-vit-tiny-cifar10-long"
 QUICK = "dino-vit-cifar10"  # whose worker is killed
 CLIENTS = (1, 32)
 SECONDS = 6.0

@@ -1,5 +1,7 @@
 """An encoder in this process, run by ONNX Runtime."""
 
+import contextlib
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +14,11 @@ from patchsight_serve.errors import BundleError
 from patchsight_serve.manifest import METADATA_KEY, Manifest, load_manifest
 
 ERROR_SEVERITY = 3
+CUDA = "CUDAExecutionProvider"
+OPTIONS = {CUDA: {
+    # Batches are of any size: to try every algorithm for each new one would hold requests up.
+    "cudnn_conv_algo_search": "HEURISTIC",
+}}  # fmt: skip
 
 
 class OrtEncoder:
@@ -36,14 +43,16 @@ class OrtEncoder:
         # Spinning threads fight with decoding and with the event loop for the cores, and lose.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         _require(providers, ort.get_available_providers(), bundle.name)
+        missing = _load_cuda() if CUDA in providers else ""
         try:
             self._session = ort.InferenceSession(
-                (bundle / "1" / "model.onnx").read_bytes(), options, providers=list(providers)
-            )
+                (bundle / "1" / "model.onnx").read_bytes(), options, providers=list(providers),
+                provider_options=[OPTIONS.get(provider, {}) for provider in providers],
+            )  # fmt: skip
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             needs = "; bf16 needs a GPU" if self.manifest.precision == "bf16" else ""
             raise BundleError(f"{bundle.name}: ONNX Runtime cannot load 1/model.onnx: {error}{needs}") from error
-        _require(providers, self._session.get_providers(), bundle.name)
+        _require(providers, self._session.get_providers(), bundle.name, missing)
         self._check_metadata()
         self._check_signature()
 
@@ -77,9 +86,18 @@ class OrtEncoder:
                 raise BundleError(f"{self.manifest.name}: output {name!r} is {have.get(name)}, not float [N, {shape}]")
 
 
-def _require(providers: Sequence[str], usable: Sequence[str], name: str) -> None:
+def _require(providers: Sequence[str], usable: Sequence[str], name: str, why: str = "") -> None:
     if missing := sorted(set(providers) - set(usable)):
-        raise BundleError(f"{name}: ONNX Runtime has no usable {', '.join(missing)} on this machine")
+        raise BundleError(f"{name}: ONNX Runtime has no usable {', '.join(missing)} on this machine{why}")
+
+
+def _load_cuda() -> str:
+    """Find CUDA's and cuDNN's libraries in NVIDIA's wheels; what is missing of them, for the end of a message."""
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        ort.preload_dlls()
+    first = next((line for line in told.getvalue().splitlines() if line.startswith("Failed")), "")
+    return f": {first}; pip install 'patchsight[gpu]'" if first else ": is there an NVIDIA GPU, and its driver?"
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from pathlib import Path
 from patchsight_serve.errors import BundleError
 from patchsight_serve.ort_encoder import OrtEncoder
 
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}  # by device
+
 
 def bundles(model_repository: Path) -> list[Path]:
     """The bundles' folders, by name: those with an encoder.json. Triton's other models are not ours to judge, and a
@@ -12,11 +14,11 @@ def bundles(model_repository: Path) -> list[Path]:
     return sorted(p.parent for p in model_repository.glob("*/encoder.json") if not p.parent.name.startswith("."))
 
 
-def load_encoders(model_repository: Path, threads: int | None = None) -> dict[str, OrtEncoder]:
-    """Load every bundle, in the order of their names.
+def load_encoders(model_repository: Path, threads: int | None = None, device: str = "cpu") -> dict[str, OrtEncoder]:
+    """Load every bundle onto `device`, "cpu" or "cuda", in the order of their names.
 
     Raises:
-        BundleError: there is none, or one of them is damaged.
+        BundleError: there is none, one of them is damaged, or the device is not usable.
     """
     found = bundles(model_repository)
     if not found:
@@ -25,4 +27,4 @@ def load_encoders(model_repository: Path, threads: int | None = None) -> dict[st
             f"--model-repository {model_repository} {what}: name a folder with encoders, or make one with "
             "patchsight-export RUN MODEL_REPOSITORY/NAME"
         )
-    return {bundle.name: OrtEncoder(bundle, threads) for bundle in found}
+    return {bundle.name: OrtEncoder(bundle, threads, (PROVIDERS[device],)) for bundle in found}

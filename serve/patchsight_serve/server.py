@@ -55,7 +55,7 @@ class Server(uvicorn.Server):
 
 def _encoders(settings: ServeSettings) -> Mapping[str, Encoder | RemoteEncoder]:
     if settings.triton is None:
-        return load_encoders(settings.model_repository, settings.threads)
+        return load_encoders(settings.model_repository, settings.threads, settings.device)
     from patchsight_serve.triton_discovery import find_encoders  # gRPC takes its time to load
 
     return find_encoders(settings.triton, settings.triton_start_s)

@@ -66,6 +66,9 @@ class ServeSettings(CommandSettings):
     triton_shared_memory: bool = Field(True, description="share memory with a Triton on this host, for large calls")
     triton_start_s: Seconds = Field(30.0, description="seconds to wait for Triton at the start")
 
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="where the encoders run; cuda needs an NVIDIA GPU and pip install 'patchsight[gpu]'"
+    )
     threads: Positive | None = Field(None, description="threads of one inference (default: one per core)")
     decode_threads: Positive = Field(os.cpu_count() or 1, description="images decoded at the same time")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line to log")

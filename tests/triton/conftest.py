@@ -11,7 +11,7 @@ from patchsight_serve.dataset import read_dataset
 from patchsight_serve.triton_models import write_triton_models
 
 MODELS = ROOT / "model_repository"
-ENCODERS = ("dino-vit-cifar10", "simclr-vit-tiny-cifar10")
+ENCODERS = ("dino-vit-cifar10", "simclr-vit-tiny-cifar10-long")
 
 
 @pytest.fixture(scope="session")

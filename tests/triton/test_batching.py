@@ -17,7 +17,7 @@ from patchsight_serve.triton_client import TritonFailure
 from patchsight_serve.triton_discovery import find_encoders
 from patchsight_serve.triton_engine import TritonEngine
 
-ENCODER = "simclr-vit-tiny-cifar10"
+ENCODER = "simclr-vit-tiny-cifar10-long"
 
 
 @pytest.fixture(scope="module")

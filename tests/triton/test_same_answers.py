@@ -15,7 +15,7 @@ from PIL import Image
 
 from patchsight_serve.client import Client
 
-ENCODER = "simclr-vit-tiny-cifar10"
+ENCODER = "simclr-vit-tiny-cifar10-long"
 WAYS = ("in process", "on Triton")
 
 

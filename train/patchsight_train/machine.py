@@ -82,12 +82,24 @@ def views_per_s(config: EncoderConfig, device: torch.device, dtype: torch.dtype)
     tokens = config.prefix_tokens + config.grid**2
     x = torch.randn(max(TOKENS[device.type] // tokens, 2), 3, config.image_size, config.image_size, device=device)
     if device.type == "cuda":
-        return len(x) / _best(encoder, x, dtype, time.perf_counter)
+        return fitting(x, lambda x: len(x) / _best(encoder, x, dtype, time.perf_counter))
     torch.set_num_threads(1)
     try:
         return len(x) / _best(encoder, x, dtype, time.process_time) * math.pow(threads, SCALING)
     finally:
         torch.set_num_threads(threads)
+
+
+def fitting(x: Tensor, run: Callable[[Tensor], float]) -> float:
+    """`run` on as much of the batch as the GPU has memory for: all of it, a half, a quarter, …, two at least."""
+    while True:
+        try:
+            return run(x)
+        except torch.OutOfMemoryError:
+            if len(x) <= 2:
+                raise
+        x = x[: max(len(x) // 2, 2)]
+        torch.cuda.empty_cache()  # outside of `except`, whose error holds the tensors of the pass that failed
 
 
 def _best(encoder: Encoder, x: Tensor, dtype: torch.dtype, clock: Callable[[], float]) -> float:

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 
 from patchsight_serve.errors import BundleError
 from patchsight_serve.manifest import Manifest, sha256_of
-from patchsight_serve.ort_encoder import OrtEncoder
+from patchsight_serve.ort_encoder import OrtEncoder, _load_cuda
 
 
 def test_numbers_are_those_of_numpy(tiny_bundle: Path) -> None:
@@ -135,3 +135,16 @@ def test_younger_fields_leave_older_bundles_as_they_are(manifest: Manifest) -> N
 def test_a_graph_of_one_size_is_not_one_of_any_size(tmp_path: Path, make_bundle: Callable[..., Path]) -> None:
     with pytest.raises(BundleError, match=r"not uint8 \[N, H, W, 3\]"):
         OrtEncoder(make_bundle(tmp_path / "x", dynamic_size=True), threads=1)
+
+
+def test_a_missing_library_of_cuda_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ONNX Runtime prints it; who starts a server is told in the error, with what installs it."""
+    monkeypatch.setattr(
+        "onnxruntime.preload_dlls", lambda: print("Failed to load libcublasLt.so.13: no such file\nSee")
+    )
+    assert _load_cuda() == ": Failed to load libcublasLt.so.13: no such file; pip install 'patchsight[gpu]'"
+    monkeypatch.setattr("onnxruntime.preload_dlls", lambda: None)
+    assert "GPU" in _load_cuda()
+    assert capsys.readouterr().out == ""

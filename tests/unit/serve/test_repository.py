@@ -32,3 +32,13 @@ def test_one_damaged_bundle_stops_the_start(make_bundle: Callable[..., Path], tm
         file.write(b"x")
     with pytest.raises(BundleError, match="the file was changed"):
         load_encoders(tmp_path)
+
+
+def test_a_gpu_that_is_not_there_stops_the_start(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    make_bundle(tmp_path / "a")
+    try:
+        encoder = load_encoders(tmp_path, device="cuda")["a"]
+    except BundleError as error:
+        assert "a: ONNX Runtime has no usable CUDAExecutionProvider" in error.message  # noqa: PT017 - see below
+    else:  # a machine with a GPU
+        assert encoder._session.get_providers()[0] == "CUDAExecutionProvider"

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from patchsight_train.architecture import ResNetConfig, ViTConfig
 from patchsight_train.build import build, build_encoder
-from patchsight_train.machine import Machine, _best, passes, this_machine, views_per_s
+from patchsight_train.machine import Machine, _best, fitting, passes, this_machine, views_per_s
 from patchsight_train.objective import When
 from patchsight_train.objective_settings import SETTINGS
 from patchsight_train.randomness import Randomness
@@ -111,3 +111,21 @@ def test_a_slow_first_pass_does_not_count() -> None:
     now = iter([0.0, 10.0, *(10.0 + 0.1 * i for i in range(1, 100))])  # seconds: the first pass takes ten
     seconds = _best(nn.Flatten(), torch.ones(2, 3, requires_grad=True), torch.float32, lambda: next(now))
     assert seconds == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("room", "taken"), [(100, 20), (12, 10), (5, 5), (3, 2), (2, 2)])
+def test_the_speed_of_a_large_encoder_is_measured_on_as_many_images_as_fit(room: int, taken: int) -> None:
+    def run(x: torch.Tensor) -> float:
+        if len(x) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return float(len(x))
+
+    assert fitting(torch.zeros(20, 3), run) == taken
+
+
+def test_where_not_even_two_images_fit_the_error_stays() -> None:
+    def run(x: torch.Tensor) -> float:
+        raise torch.OutOfMemoryError(f"CUDA out of memory with {len(x)}")
+
+    with pytest.raises(torch.OutOfMemoryError, match="with 2"):
+        fitting(torch.zeros(20, 3), run)
