@@ -48,9 +48,9 @@ class TritonProcess:
         """Without a chance to say anything."""
         assert self._launcher is not None
         self.harmed = True
-        (server,) = children(self._launcher.pid)
-        for pid in (server, *children(server)):  # its workers would go on for a while
-            os.kill(pid, signal.SIGKILL)
+        for server in children(self._launcher.pid):  # one, or none if it has ended
+            for pid in (server, *children(server)):  # its workers would go on for a while
+                os.kill(pid, signal.SIGKILL)
         self._launcher.wait(timeout=40)
 
     def kill_worker(self, encoder: str) -> None:
