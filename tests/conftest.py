@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import pyarrow.parquet as pq
 import pytest
 
 from patchsight_serve.manifest import Manifest, Transform
@@ -47,6 +48,20 @@ def data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no labelled images at {folder}; set PATCHSIGHT_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def first_of_cifar(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Path]:
+    """`first_of_cifar(train, test)`: a folder with that many images of CIFAR-10, train.parquet and test.parquet."""
+
+    def cut(train: int, test: int) -> Path:
+        folder = tmp_path_factory.mktemp("cifar")
+        for part, rows in (("train", train), ("test", test)):
+            whole = pq.read_table(data / "cifar10" / f"{part}.parquet")
+            pq.write_table(whole.slice(0, rows), folder / f"{part}.parquet")
+        return folder
+
+    return cut
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,6 @@ from patchsight_serve.errors import InvalidRequest
 from patchsight_serve.manifest import Manifest, load_manifest
 
 
-def is_bundle(source: Path) -> bool:
-    return (source / "encoder.json").is_file()
-
-
 def read_bundle(bundle: Path) -> tuple[Manifest, onnx.ModelProto]:
     """Its manifest, and its graph with every weight in float32, whatever the file stores.
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -23,12 +22,8 @@ TRAIN, TEST = 600, 200
 
 
 @pytest.fixture(scope="module")
-def cifar(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the first images of CIFAR-10: train.parquet and test.parquet."""
-    folder = tmp_path_factory.mktemp("cifar")
-    for part, rows in (("train", TRAIN), ("test", TEST)):
-        pq.write_table(pq.read_table(data / "cifar10" / f"{part}.parquet").slice(0, rows), folder / f"{part}.parquet")
-    return folder
+def cifar(first_of_cifar: Callable[[int, int], Path]) -> Path:
+    return first_of_cifar(TRAIN, TEST)
 
 
 def test_chain(cifar: Path, tmp_path: Path, command: Callable, serve: Callable[..., str]) -> None:

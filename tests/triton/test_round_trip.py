@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -31,11 +30,8 @@ SAME = {"fp32": 0.999, "fp16": 0.995, "int8": 0.9}  # share of the predictions
 
 
 @pytest.fixture(scope="module")
-def cifar(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cifar")
-    for part, rows in (("train", TRAIN), ("test", TEST)):
-        pq.write_table(pq.read_table(data / "cifar10" / f"{part}.parquet").slice(0, rows), folder / f"{part}.parquet")
-    return folder
+def cifar(first_of_cifar: Callable[[int, int], Path]) -> Path:
+    return first_of_cifar(TRAIN, TEST)
 
 
 def side(cifar: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
