@@ -74,15 +74,14 @@ class TritonMemory:
         self._free: list[Slot] = []
         self._count = 0  # free, in use and resting
         self._off = False
-        self._resting: set[asyncio.Task[None]] = set()
+        self._resting: dict[Slot, asyncio.Task[None]] = {}
 
     async def aclose(self) -> None:
         """Forget all regions, here and at Triton."""
-        for task in self._resting:
-            task.cancel()
-        await asyncio.gather(*self._resting, return_exceptions=True)
         self._off = True
-        for slot in self._free:
+        for task in self._resting.values():
+            task.cancel()
+        for slot in [*self._resting, *self._free]:
             await self._forget(slot)
 
     @asynccontextmanager
@@ -94,45 +93,57 @@ class TritonMemory:
             return
         try:
             yield slot
-        except BaseException:
-            task = asyncio.create_task(self._rest(slot))
-            self._resting.add(task)
-            task.add_done_callback(self._resting.discard)
+        except BaseException as error:
+            lost = [slot]
+            if isinstance(error, TritonFailure):  # a server that started anew knows none of the others either
+                lost, self._free = [slot, *self._free], []
+            for each in lost:
+                self._resting[each] = asyncio.create_task(self._rest(each))
             raise
         self._free.append(slot)
 
     async def _new(self) -> Slot | None:
         if self._off or self._count == SLOTS:
             return None
-        self._count += 1
         try:
             slot = Slot(self._manifest)
+        except (shared_memory.SharedMemoryException, OSError) as error:
+            self._give_up(error)
+            return None
+        self._count += 1
+        try:
             await said(
                 self._triton.client.register_system_shared_memory(
                     slot.name, f"/{slot.name}", slot.size, client_timeout=CALL_S
                 )
             )
-        except (TritonFailure, shared_memory.SharedMemoryException, OSError) as error:
-            logger.info("no shared memory with Triton for encoder %s: %s", self._manifest.name, error)
-            self._off = True
+        except BaseException as error:
+            self._count -= 1
+            shared_memory.destroy_shared_memory_region(slot.handle)
+            if not isinstance(error, PatchsightError):
+                raise
+            # Of a Triton that is gone or late the call itself will tell.
+            if isinstance(error, TritonFailure) and error.reason != "unreachable":
+                self._give_up(error)
             return None
         return slot
 
+    def _give_up(self, error: Exception) -> None:
+        """There will be no more of them."""
+        logger.info("no shared memory with Triton for encoder %s: %s", self._manifest.name, error)
+        self._off = True
+
     async def _rest(self, slot: Slot) -> None:
-        shared_memory.destroy_shared_memory_region(slot.handle)  # our half; Triton keeps its own until it is told
-        try:
-            await asyncio.sleep(REST_S)
-        finally:
-            self._count -= 1
-            await self._unregister(slot)
+        await asyncio.sleep(REST_S)
+        del self._resting[slot]
+        self._count -= 1
+        await self._forget(slot)
 
     async def _forget(self, slot: Slot) -> None:
-        await self._unregister(slot)
-        shared_memory.destroy_shared_memory_region(slot.handle)
-
-    async def _unregister(self, slot: Slot) -> None:
+        """Here and at Triton. Not sooner than that: a thread of ours may still be copying pixels into it as well."""
         with suppress(PatchsightError):  # a Triton that is gone, or has started anew, does not know it any more
             await said(self._triton.client.unregister_system_shared_memory(slot.name, client_timeout=CALL_S))
+        shared_memory.destroy_shared_memory_region(slot.handle)
 
 
 def _aligned(size: int) -> int:
