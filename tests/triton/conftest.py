@@ -1,5 +1,7 @@
 """A real Triton server with shipped encoders, started by the tests, and its processes to be killed."""
 
+import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +22,7 @@ def start_triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     if not any(ENVIRONMENT.glob("lib/python*/site-packages/pytriton")):
         pytest.skip(f"no Triton in {ENVIRONMENT}: `make .triton-venv/.built` installs it, on x86-64 Linux")
     running: list[TritonProcess] = []
+    before = _left_behind()
 
     def start(*bundles: Path) -> TritonProcess:
         folder = tmp_path_factory.mktemp("triton")
@@ -35,7 +38,17 @@ def start_triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
             triton.kill()
         else:
             assert triton.stop() == 0
-    assert not list(Path("/dev/shm").glob("patchsight*")), "shared memory was left behind"
+    assert not _left_behind() - before, "shared memory was left behind"
+
+
+def _left_behind() -> set[str]:
+    """Shared memory of gateways and Tritons that have ended, and of this process. Others may be running here."""
+    names = [file.name for file in Path("/dev/shm").glob("patchsight*")]
+    return {name for name in names if (pid := re.search(r"\d+", name)) and not _other(int(pid.group()))}
+
+
+def _other(pid: int) -> bool:
+    return pid != os.getpid() and Path(f"/proc/{pid}").exists()
 
 
 @pytest.fixture(scope="session")
