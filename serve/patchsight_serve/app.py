@@ -97,9 +97,11 @@ def _engine(encoder: Encoder | RemoteEncoder, settings: ServeSettings, on_batch:
 
         return TritonEngine(
             encoder, settings.max_queue, on_batch, settings.triton_channels, settings.triton_probe_s,
-            settings.triton_shared_memory,
+            settings.triton_shared_memory, settings.max_wait_s,
         )  # fmt: skip
-    return Batcher(encoder, settings.max_batch, settings.max_queue, on_batch)
+    return Batcher(
+        encoder, settings.max_batch, settings.max_queue, on_batch, settings.max_wait_s, settings.batch_timeout_s
+    )
 
 
 @asynccontextmanager

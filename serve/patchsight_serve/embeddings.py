@@ -2,8 +2,9 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Query, Request
@@ -30,7 +31,7 @@ from patchsight_serve.replies import (
     packed,
 )  # fmt: skip
 from patchsight_serve.schemas import IMAGE_ERRORS, AttentionReply, EmbedReply, array_content, image_body
-from patchsight_serve.service import OUTPUTS, VECTORS, Service, graph_name, to_unit_length
+from patchsight_serve.service import INTERACTIVE_IMAGES, OUTPUTS, VECTORS, Service, graph_name, to_unit_length
 
 EncoderQuery = Annotated[str | None, Query(description="name of the encoder; the default one if left out")]
 SizeQuery = Annotated[
@@ -39,6 +40,13 @@ SizeQuery = Annotated[
         description="pixels of the square that the encoder sees, a multiple of its patch size; its own if left out. "
         "More of them show the same part of the picture more finely. For encoders whose manifest has `dynamic_size`",
         examples=[448],
+    ),
+]
+PriorityQuery = Annotated[
+    Literal["interactive", "bulk"] | None,
+    Query(
+        description="interactive images go first, and bulk ones get every fourth place while both wait; "
+        f"if left out, more than {INTERACTIVE_IMAGES} images are bulk"
     ),
 ]
 
@@ -69,6 +77,7 @@ async def embed(
     ] = "embedding",
     normalize: Annotated[bool, Query(description="scale embeddings to length 1")] = True,
     size: SizeQuery = None,
+    priority: PriorityQuery = None,
 ) -> Response:
     """One result per image, in order.
 
@@ -84,7 +93,14 @@ async def embed(
         raise InvalidRequest(f"{media_type} holds one output, {len(wanted)} were asked for; {NPZ} holds all", "outputs")
     images = await read_images(request, service.body_limits)
     async with while_connected(request):
-        results = await service.embed_images(images, manifest.name, wanted, request.state.timing, transform)
+        results = await service.embed_images(
+            images,
+            manifest.name,
+            wanted,
+            request.state.timing,
+            transform,
+            None if priority is None else priority == "bulk",
+        )
     failures = {i: _located(r, i) for i, r in enumerate(results) if isinstance(r, PatchsightError)}
     if failures and (len(results) == 1 or media_type != JSON):
         raise next(iter(failures.values()))
@@ -160,8 +176,10 @@ def _head(head: str, manifest: Manifest) -> int | None:
 
 
 def _located(error: PatchsightError, index: int) -> PatchsightError:
-    error.param = error.param or f"images[{index}]"
-    return error
+    """The error with its place; a copy, as another request may have sent the same image."""
+    located = copy(error)
+    located.param = error.param or f"images[{index}]"
+    return located
 
 
 def _stack(results: Sequence[Mapping[str, Values]], outputs: Sequence[str], unit_length: bool) -> dict[str, Values]:

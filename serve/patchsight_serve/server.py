@@ -1,6 +1,10 @@
-"""The process: loads the encoders, says what it serves, listens, and leaves without dropping a request."""
+"""The process: loads the encoders, says what it serves, listens, and leaves without dropping a request.
+
+It also leaves by itself, with status 70, once an encoder hangs: whoever supervises it starts a new one.
+"""
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Mapping
@@ -16,6 +20,8 @@ from patchsight_serve.service import Service
 from patchsight_serve.settings import ServeSettings
 
 logger = logging.getLogger(__name__)
+
+HUNG = 70  # exit status: an internal error, as sysexits.h has it
 
 
 class Server(uvicorn.Server):
@@ -39,6 +45,11 @@ class Server(uvicorn.Server):
         self._service: Service = app.state.service
         self._exit_at = float("inf")
 
+    @property
+    def hung(self) -> bool:
+        """An encoder hangs."""
+        return self._service.hung
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature is a signal handler's
         """Begin to leave."""
         again = self._service.draining
@@ -48,6 +59,8 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Asked by uvicorn ten times a second whether to stop listening."""
+        if self._service.hung and not self._service.draining:
+            self.handle_exit(signal.SIGTERM, None)
         if time.monotonic() >= self._exit_at:
             self.should_exit = True
         return await super().on_tick(counter)
@@ -72,4 +85,8 @@ def serve(settings: ServeSettings) -> None:
             "encoder %s: %s %s, embeddings of %d numbers, sha256 %.12s, trained on %s; license: %s",
             m.name, m.objective, m.architecture, numbers, m.sha256, m.data, m.license,
         )  # fmt: skip
-    Server(create_app(encoders, settings), settings).run()
+    server = Server(create_app(encoders, settings), settings)
+    server.run()
+    if server.hung:
+        logging.shutdown()
+        os._exit(HUNG)  # a usual end would wait for the thread that hangs, or pull memory away from under it

@@ -3,10 +3,10 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isqrt
 from typing import TypeVar
 
@@ -15,8 +15,9 @@ import numpy as np
 from patchsight_serve.bodies import BodyLimits
 from patchsight_serve.decode import Limits, decode
 from patchsight_serve.encoder import Described, Pixels, Values, default_name
-from patchsight_serve.engine import Engine
+from patchsight_serve.engine import Engine, terms
 from patchsight_serve.errors import DeadlineExceeded, InvalidRequest, NotFound, NotReady, Overloaded, PatchsightError
+from patchsight_serve.in_flight import Content, InFlight
 from patchsight_serve.manifest import Manifest, Transform
 from patchsight_serve.metrics import Metrics
 from patchsight_serve.settings import ServeSettings
@@ -37,6 +38,9 @@ OUTPUTS = {
 }
 VECTORS = ("embedding", "cls", "mean", "both")
 PROOF_TIMEOUT_S = 5.0
+INTERACTIVE_IMAGES = 4  # a request with more of them is bulk work unless it says otherwise
+
+Encoded = Mapping[str, Values] | PatchsightError  # by the graph's names
 
 
 def available(manifest: Manifest) -> dict[str, str]:
@@ -77,6 +81,16 @@ class Service:
     pool: ThreadPoolExecutor  # decodes and draws; as many threads as `settings.decode_threads`
     metrics: Metrics
     draining: bool = False  # told to stop: not ready any more, but requests are still answered
+    in_flight: InFlight[Hashable, Encoded] = field(default_factory=InFlight)
+
+    def __post_init__(self) -> None:
+        # The pool is first come, first served: bulk work that filled its queue would hold everybody up.
+        self._bulk_decodes = asyncio.Semaphore(self.settings.decode_threads)
+
+    @property
+    def hung(self) -> bool:
+        """An engine will never work again: the process has to be replaced."""
+        return any(engine.hung for engine in self.engines.values())
 
     def encoder(self, name: str | None = None) -> Described:
         """The encoder of that name; None is the default one. Raises NotFound."""
@@ -129,45 +143,68 @@ class Service:
         outputs: Sequence[str] = ("embedding",),
         timing: Timing | None = None,
         transform: Transform | None = None,
+        bulk: bool | None = None,
     ) -> list[dict[str, Values] | PatchsightError]:
         """Decode and encode. One entry per blob, in order: its outputs, or the error that this image alone has.
 
+        Equal images in work at the same time, of whatever requests, are decoded and encoded once.
+
         blobs: encoded images; an error in the place of one (damaged base64) stays in its place.
         outputs: of `OUTPUTS`. Vectors `(D,)` are as the graph gives them, not normalized; attention is
-            `(heads, h, w)`, patch tokens `(h, w, D)`.
+            `(heads, h, w)`, patch tokens `(h, w, D)`. They may belong to other requests too: do not write into them.
         timing: is filled in.
         transform: as `transform` gives it, for pictures of another size than the encoder's own.
+        bulk: others go first; None decides by the number of images.
 
         Raises for the request as a whole: NotFound (encoder), InvalidRequest (outputs), Overloaded, NotReady,
         DeadlineExceeded.
         """
         manifest = self.encoder(encoder_name).manifest
+        transform = transform or manifest.transform
         names = {output: graph_name(output, manifest) for output in outputs}
+        wanted = tuple(dict.fromkeys(names.values()))
+        good = [blob for blob in blobs if isinstance(blob, bytes)]
 
-        def to_pixels(data: bytes) -> Pixels:
-            return decode(data, transform or manifest.transform, self.limits)
+        async def work(indices: Sequence[int]) -> list[Encoded]:
+            return await self._encode([good[i] for i in indices], manifest, wanted, transform, timing)
 
-        async with self.admitted(len(blobs), manifest.name):
-            pixels = await self.decode_images(blobs, to_pixels, timing)
-            good = [p for p in pixels if not isinstance(p, PatchsightError)]
-            encoded = iter(await self.infer(good, manifest.name, list(dict.fromkeys(names.values())), timing))
+        async with self.admitted(len(blobs), manifest.name, bulk):
+            keys = [(manifest.sha256, wanted, transform.crop, Content(blob)) for blob in good]
+            encoded = iter(await self.in_flight.run(keys, work))
         results: list[dict[str, Values] | PatchsightError] = []
-        for entry in pixels:
-            result = entry if isinstance(entry, PatchsightError) else next(encoded)
+        for blob in blobs:
+            if isinstance(blob, PatchsightError):
+                self.metrics.rejected.labels(blob.code).inc()
+            result = blob if isinstance(blob, PatchsightError) else next(encoded)
             if isinstance(result, PatchsightError):
                 results.append(result)
             else:
                 results.append({output: result[name] for output, name in names.items()})
         return results
 
+    async def _encode(
+        self, blobs: Sequence[bytes], manifest: Manifest, names: Sequence[str], transform: Transform,
+        timing: Timing | None,
+    ) -> list[Encoded]:  # fmt: skip
+        def to_pixels(data: bytes) -> Pixels:
+            return decode(data, transform, self.limits)
+
+        pixels = await self.decode_images(blobs, to_pixels, timing)
+        good = [p for p in pixels if not isinstance(p, PatchsightError)]
+        encoded = iter(await self.infer(good, manifest.name, names, timing))
+        return [entry if isinstance(entry, PatchsightError) else next(encoded) for entry in pixels]
+
     @asynccontextmanager
-    async def admitted(self, images: int, encoder_name: str) -> AsyncIterator[None]:
+    async def admitted(self, images: int, encoder_name: str, bulk: bool | None = None) -> AsyncIterator[None]:
         """Hold places for `images` in the encoder's queue, from before they are decoded, and keep to the deadline.
+
+        bulk: others go first; None decides by the number of images.
 
         Raises Overloaded at once if there are not enough places, DeadlineExceeded after `settings.timeout_s`.
         """
+        bulk = images > INTERACTIVE_IMAGES if bulk is None else bulk
         try:
-            async with self.engines[encoder_name].admit(images, self.settings.timeout_s):
+            async with self.engines[encoder_name].admit(images, self.settings.timeout_s, bulk):
                 yield
         except (DeadlineExceeded, Overloaded) as error:
             self.metrics.rejected.labels(error.code).inc(images)
@@ -192,8 +229,16 @@ class Service:
                 return PatchsightError("the image could not be read")
 
         loop = asyncio.get_running_loop()
-        waiting = [loop.run_in_executor(self.pool, one, b) for b in blobs if isinstance(b, bytes)]
-        done = iter(await asyncio.gather(*waiting))
+
+        async def one_in_turn(data: bytes) -> T | PatchsightError:
+            async with self._bulk_decodes:
+                return await loop.run_in_executor(self.pool, one, data)
+
+        good = [b for b in blobs if isinstance(b, bytes)]
+        if terms.get().bulk:
+            done = iter(await asyncio.gather(*(one_in_turn(b) for b in good)))
+        else:
+            done = iter(await asyncio.gather(*(loop.run_in_executor(self.pool, one, b) for b in good)))
         spent = time.perf_counter() - start
         self.metrics.decode.observe(spent)
         if timing is not None:

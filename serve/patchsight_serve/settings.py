@@ -49,9 +49,15 @@ class ServeSettings(CommandSettings):
     )
     max_batch: Positive = Field(32, description="images per run of an encoder")
     max_queue: Positive = Field(256, description="images of all requests in work at once; more are answered with 429")
+    max_wait_s: Seconds = Field(
+        10.0, description="seconds that a request may have to wait for those before it, by the pace; else 429 at once"
+    )
 
     timeout_s: Seconds = Field(30.0, description="seconds for a body to arrive, and again for its images to be encoded")
     ready_age_s: Seconds = Field(5.0, description="/readyz trusts an inference this many seconds old, then runs one")
+    batch_timeout_s: Seconds = Field(
+        30.0, description="seconds of one run of an encoder, after which it hangs and the process ends with status 70"
+    )
     drain_delay_s: float = Field(
         1.0, ge=0, description="seconds between /readyz turning 503 and the end of listening, for a load balancer"
     )

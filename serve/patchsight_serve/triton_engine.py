@@ -8,10 +8,8 @@ that nobody waits for any more is cancelled, and Triton does not run what it has
 import asyncio
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Self
 
@@ -20,30 +18,18 @@ from tritonclient.grpc import InferInput, InferRequestedOutput
 from tritonclient.grpc.aio import InferResult
 
 from patchsight_serve.encoder import Pixels, RemoteEncoder, Values
-from patchsight_serve.engine import Admission, Result, deadline, probe, room
+from patchsight_serve.engine import Admission, probe, room, terms
 from patchsight_serve.errors import DeadlineExceeded, NotReady, PatchsightError
-from patchsight_serve.pace import Pace
 from patchsight_serve.timing import Timing
 from patchsight_serve.triton_client import Triton, TritonFailure, on_this_host
-from patchsight_serve.triton_config import INTERACTIVE, MAX_BATCH, PROBE
+from patchsight_serve.triton_config import BULK, INTERACTIVE, MAX_BATCH, PROBE
 from patchsight_serve.triton_health import TritonHealth
 from patchsight_serve.triton_memory import Slot, TritonMemory
+from patchsight_serve.waiting import Item, Result, Waiting
 
 NO_DEADLINE_S = 30.0  # outside of any request
 LARGE = 1 << 18  # bytes of pixels; copying more would hold the event loop up
 SHARED = 1 << 20  # bytes of pixels and outputs, from which on shared memory is worth its handling
-
-
-@dataclass(eq=False)
-class _Item:
-    """One image on its way through."""
-
-    image: Pixels
-    outputs: tuple[str, ...]
-    future: asyncio.Future[Result]
-    deadline: float  # of the event loop's clock
-    started: float = 0.0  # perf_counter when its call left
-    finished: float = 0.0
 
 
 class TritonEngine(Admission):
@@ -51,6 +37,8 @@ class TritonEngine(Admission):
 
     probe_s: how long silence is trusted before a probe is sent. memory: share it with a Triton on this host.
     """
+
+    hung = False  # a model that hangs is loaded anew
 
     def __init__(
         self,
@@ -60,16 +48,16 @@ class TritonEngine(Admission):
         channels: int = 4,
         probe_s: float = 0.5,
         memory: bool = True,
+        max_wait_s: float = math.inf,
     ) -> None:
-        super().__init__(max_queue)
+        super().__init__(max_queue, max_wait_s)
         self.manifest = model.manifest
         self._on_batch = on_batch  # told the size of each call that succeeded
         self._triton = Triton(model.address, channels)
         self._channels = channels
-        self._queue: deque[_Item] = deque()
+        self._waiting = Waiting()
         self._calls: set[asyncio.Task[None]] = set()
-        self._pace = Pace()
-        self.health = TritonHealth(self._triton, self.manifest.name, self._probe, self._pace, probe_s)
+        self.health = TritonHealth(self._triton, self.manifest.name, self._probe, self.pace, probe_s)
         self._memory = TritonMemory(self._triton, self.manifest) if memory and on_this_host(model.address) else None
         self._stack = AsyncExitStack()
 
@@ -95,11 +83,11 @@ class TritonEngine(Admission):
         # At once: what is known not to work is not worth a client's wait. What is merely late may be busy.
         if isinstance(self.health.failure, NotReady):
             raise NotReady(f"encoder {self.manifest.name!r} is being brought back: {self.health.failure}")
-        loop, ends = asyncio.get_running_loop(), deadline.get()
-        ends = loop.time() + NO_DEADLINE_S if ends is None else ends
-        items = [_Item(image, tuple(outputs), loop.create_future(), ends) for image in images]
+        loop, agreed = asyncio.get_running_loop(), terms.get()
+        ends = agreed.deadline if math.isfinite(agreed.deadline) else loop.time() + NO_DEADLINE_S
+        items = [Item(image, tuple(outputs), loop.create_future(), agreed.bulk, ends) for image in images]
         submitted = time.perf_counter()
-        self._queue.extend(items)
+        self._waiting.extend(items)
         self._pump()
         results = await asyncio.gather(*(item.future for item in items))  # cancelled, it cancels them all
         if not items:
@@ -127,31 +115,26 @@ class TritonEngine(Admission):
             for item in batch:
                 item.future.add_done_callback(partial(_give_up, batch, call))
 
-    def _next(self) -> list[_Item]:
-        """The head of the queue, and those behind it that fit into its call: equal outputs, equal size. The others
-        keep their order. Images that were given up are dropped."""
-        waiting = [item for item in self._queue if not item.future.done()]
-        self._queue = deque()
-        if not waiting:
-            return []
-        head = waiting[0]
-        batch: list[_Item] = []
-        most = room(MAX_BATCH, head.image, self.manifest)
-        for item in waiting:
-            fits = item.outputs == head.outputs and item.image.shape == head.image.shape
-            (batch if fits and len(batch) < most else self._queue).append(item)
-        return batch
+    def _next(self) -> list[Item]:
+        """Who is next, and those behind it that fit into its call: equal outputs, equal size, equal urgency."""
+        return self._waiting.take(
+            lambda item: room(MAX_BATCH, item.image, self.manifest),
+            lambda one, other: (
+                (one.outputs, one.image.shape, one.bulk) == (other.outputs, other.image.shape, other.bulk)
+            ),
+        )
 
     def _returned(self, call: asyncio.Task[None]) -> None:
         self._calls.discard(call)
         self._pump()
 
-    async def _call(self, batch: Sequence[_Item]) -> None:
+    async def _call(self, batch: Sequence[Item]) -> None:
         """One call to Triton; its answer, or what is wrong, to everybody in it."""
         started = time.perf_counter()
         left = max(item.deadline for item in batch) - asyncio.get_running_loop().time()
         try:
-            values = await self._infer([item.image for item in batch], batch[0].outputs, max(left, 1e-3), INTERACTIVE)
+            priority = BULK if batch[0].bulk else INTERACTIVE
+            values = await self._infer([item.image for item in batch], batch[0].outputs, max(left, 1e-3), priority)
         except PatchsightError as error:
             if isinstance(error, TritonFailure | DeadlineExceeded):
                 self.health.failed()
@@ -160,7 +143,6 @@ class TritonEngine(Admission):
                     item.future.set_exception(error)
             return
         finished = time.perf_counter()
-        self.encoded(len(batch), finished - started)
         self._on_batch(len(batch))
         for i, item in enumerate(batch):
             item.started, item.finished = started, finished
@@ -214,15 +196,15 @@ class TritonEngine(Admission):
         self, image: InferInput, wanted: Sequence[InferRequestedOutput], timeout_s: float, priority: int
     ) -> InferResult:
         count, answer = int(image.shape()[0]), None
-        self._pace.left(count)
+        self.pace.left(count)
         try:
             answer = await self._triton.infer(self.manifest.name, [image], wanted, timeout_s, priority)
         finally:
-            self._pace.came(count, answered=answer is not None)
+            self.pace.came(count, answered=answer is not None)
         return answer
 
 
-def _give_up(batch: Sequence[_Item], call: asyncio.Task[None], _: object) -> None:
+def _give_up(batch: Sequence[Item], call: asyncio.Task[None], _: object) -> None:
     """Nobody waits for the call any more: Triton need not run it."""
     if all(item.future.cancelled() for item in batch):
         call.cancel()

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from patchsight_serve.batcher import Batcher
-from patchsight_serve.engine import Result
 from patchsight_serve.errors import DeadlineExceeded, NotReady, Overloaded, PatchsightError
 from patchsight_serve.fake_encoder import FakeEncoder
 from patchsight_serve.timing import Timing
+from patchsight_serve.waiting import Result
 
 POISON, FATAL = 13, 14  # value of the first pixel
 
@@ -48,10 +48,10 @@ def expected(image: np.ndarray, name: str = "cls_embedding") -> np.ndarray:
 
 
 async def submit(
-    batcher: Batcher, images: Sequence[np.ndarray], outputs: Sequence[str], timeout_s: float
+    batcher: Batcher, images: Sequence[np.ndarray], outputs: Sequence[str], timeout_s: float, bulk: bool = False
 ) -> tuple[list[Result], Timing]:
     """What a request does: hold places, and be encoded in time."""
-    async with batcher.admit(len(images), timeout_s):
+    async with batcher.admit(len(images), timeout_s, bulk):
         return await batcher.run(images, outputs)
 
 
@@ -177,7 +177,7 @@ def test_abandoned_images_do_not_pile_up_behind_an_encoder_that_hangs() -> None:
             for _ in range(50):
                 with pytest.raises(DeadlineExceeded):
                     await submit(batcher, [picture(1)], ["cls_embedding"], 0.001)
-            assert len(batcher._queue) == 0
+            assert len(batcher._waiting) == 0
             encoder.gate.set()
             await first
 
@@ -271,3 +271,124 @@ def test_sizes_of_batches_are_reported() -> None:
         return sizes
 
     assert asyncio.run(main()) == [2, 2, 1]
+
+
+def test_interactive_images_go_before_bulk_which_never_starves() -> None:
+    """Twelve images of bulk work wait, then twelve of others come: three of those for each of bulk."""
+
+    async def main() -> list[int]:
+        encoder = Gated()
+        order: list[int] = []
+        async with Batcher(encoder, max_batch=1) as batcher:
+            first = await occupy(batcher, encoder)
+
+            async def one(number: int, bulk: bool) -> None:
+                await submit(batcher, [picture(number)], ["cls_embedding"], 60, bulk)
+                order.append(number)
+
+            tasks = [asyncio.create_task(one(100 + i, bulk=True)) for i in range(12)]
+            await asyncio.sleep(0)
+            tasks += [asyncio.create_task(one(200 + i, bulk=False)) for i in range(12)]
+            await asyncio.sleep(0)
+            encoder.gate.set()
+            await asyncio.gather(first, *tasks)
+        return order
+
+    expected = []
+    for i in range(4):
+        expected += [200 + 3 * i, 201 + 3 * i, 202 + 3 * i, 100 + i]
+    assert asyncio.run(main()) == expected + [104 + i for i in range(8)]
+
+
+def test_bulk_work_leaves_places_for_others() -> None:
+    async def main() -> None:
+        encoder = Gated()
+        async with Batcher(encoder, max_queue=8) as batcher:
+            first = await occupy(batcher, encoder)
+            bulk = [asyncio.create_task(submit(batcher, [picture(i)] * 3, ["cls_embedding"], 60, True)) for i in (1, 2)]
+            await asyncio.sleep(0)
+            with pytest.raises(Overloaded, match="6 images of bulk work are in work, 1 more would pass the limit of 6"):
+                await submit(batcher, [picture(9)], ["cls_embedding"], 60, True)
+            other = asyncio.create_task(submit(batcher, [picture(3)], ["cls_embedding"], 60))
+            await asyncio.sleep(0)
+            assert batcher.admitted == 8
+            encoder.gate.set()
+            await asyncio.gather(first, *bulk, other)
+            await submit(batcher, [picture(i) for i in range(8)], ["cls_embedding"], 60, True)  # alone it may have all
+
+    asyncio.run(main())
+
+
+def test_a_wait_that_would_be_too_long_is_refused_at_once() -> None:
+    async def main() -> None:
+        encoder = Gated()
+        async with Batcher(encoder, max_wait_s=1.0) as batcher:
+            await submit(batcher, [picture(1)], ["cls_embedding"], 60)
+            assert batcher.pace.seconds_per_image is None  # the first one warms up, and says nothing
+            first = await occupy(batcher, encoder)
+            await asyncio.sleep(0.3)
+            encoder.gate.set()
+            await first
+            assert (batcher.pace.seconds_per_image or 0) >= 0.3
+            first = await occupy(batcher, encoder)
+            others = [asyncio.create_task(submit(batcher, [picture(i)], ["cls_embedding"], 60)) for i in range(3)]
+            await asyncio.sleep(0)
+            with pytest.raises(
+                Overloaded, match=r"4 images are in work, which would take .* s; the limit is 1 s"
+            ) as no:
+                await submit(batcher, [picture(1)], ["cls_embedding"], 60)
+            assert no.value.retry_after_s >= 2
+            encoder.gate.set()
+            await asyncio.gather(first, *others)
+
+    asyncio.run(main())
+
+
+def test_a_batch_that_never_ends_is_noticed() -> None:
+    """Those in it are told that time is up, those behind it and those who come later that the encoder hangs."""
+
+    async def main() -> None:
+        encoder = Gated()
+        async with Batcher(encoder, batch_timeout_s=0.3) as batcher:
+            await batcher.prove(60, 10)
+            inside = await occupy(batcher, encoder)
+            behind = asyncio.create_task(submit(batcher, [picture(1)], ["cls_embedding"], 60))
+            async with asyncio.timeout(10):
+                with pytest.raises(DeadlineExceeded, match=r"did not finish a batch within 0.3 s"):
+                    await inside
+                with pytest.raises(NotReady, match="hangs"):
+                    await behind
+            assert batcher.hung
+            with pytest.raises(NotReady):
+                await batcher.prove(60, 10)  # though an inference succeeded a moment ago
+            with pytest.raises(NotReady):
+                await submit(batcher, [picture(2)], ["cls_embedding"], 60)
+        encoder.gate.set()  # left without waiting for it
+
+    asyncio.run(main())
+
+
+def test_a_worker_that_cannot_go_on_is_not_ready_until_it_can() -> None:
+    class Broken(Gated):
+        broken = False
+
+        def run(self, images: np.ndarray, outputs: Sequence[str]) -> dict[str, np.ndarray]:
+            if self.broken:
+                raise SystemExit  # not even an Exception
+            return super().run(images, outputs)
+
+    async def main() -> None:
+        encoder = Broken()
+        async with Batcher(encoder) as batcher:
+            await batcher.prove(60, 10)
+            encoder.broken = True
+            (result,), _ = await submit(batcher, [picture(1)], ["cls_embedding"], 60)
+            assert isinstance(result, PatchsightError)
+            with pytest.raises(NotReady):
+                await batcher.prove(60, 1)
+            encoder.broken = False
+            await batcher.prove(60, 10)
+            (result,), _ = await submit(batcher, [picture(1)], ["cls_embedding"], 60)
+            assert not isinstance(result, PatchsightError)
+
+    asyncio.run(main())
