@@ -52,7 +52,10 @@ def create_app(encoders: Mapping[str, Encoder | RemoteEncoder], settings: ServeS
         docs_url=None,  # FastAPI's pages load their scripts from elsewhere
         redoc_url=None,
         lifespan=_lifespan,
-        middleware=[Middleware(Observe, metrics=service.metrics), Middleware(BearerAuth, keys=settings.keys)],
+        middleware=[
+            Middleware(Observe, metrics=service.metrics, leaving=lambda: service.draining),
+            Middleware(BearerAuth, keys=settings.keys),
+        ],
         responses={"4XX": {"model": ErrorReply, "description": "The request cannot be answered."}},
         exception_handlers={
             PatchsightError: _on_own_error,

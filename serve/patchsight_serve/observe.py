@@ -4,6 +4,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -22,11 +23,16 @@ CLIENT_GONE = 499  # as nginx writes it; never sent
 
 class Observe:
     """ASGI middleware. Puts `timing` and `request_id` into `request.state`, `X-Request-ID` and `Server-Timing` on the
-    reply, and counts. An exception that nobody handled is logged here, and answered with a bare 500."""
+    reply, and counts. An exception that nobody handled is logged here, and answered with a bare 500.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    leaving: the server will soon close its connections. Replies then end theirs, so that no client sends one more
+        request into a connection that is about to close, and loses it.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, leaving: Callable[[], bool]) -> None:
         self.app = app
         self.metrics = metrics
+        self.leaving = leaving
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Observe one request."""
@@ -47,6 +53,8 @@ class Observe:
                 headers["X-Request-ID"] = request_id
                 if timing.decode:
                     headers["Server-Timing"] = timing.server_timing()
+                if self.leaving():
+                    headers["Connection"] = "close"
             await send(message)
 
         try:
