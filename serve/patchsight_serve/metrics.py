@@ -31,6 +31,10 @@ class Metrics:
             buckets=SECONDS,
         )
         self.images = Counter("patchsight_images", "Images encoded.", ("encoder",), registry=registry)
+        self.shared = Counter(
+            "patchsight_shared_images", "Images that were in work already, for another request or the same.",
+            ("encoder",), registry=registry,
+        )  # fmt: skip
         self.rejected = Counter(
             "patchsight_rejected_images", "Images not encoded, by the code of their error.", ("reason",),
             registry=registry,

@@ -51,7 +51,7 @@ class Observe:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
-                if timing.decode:
+                if any(vars(timing).values()):
                     headers["Server-Timing"] = timing.server_timing()
                 if self.leaving():
                     headers["Connection"] = "close"

@@ -165,12 +165,20 @@ class Service:
         wanted = tuple(dict.fromkeys(names.values()))
         good = [blob for blob in blobs if isinstance(blob, bytes)]
 
+        own = 0
+
         async def work(indices: Sequence[int]) -> list[Encoded]:
+            nonlocal own
+            own += len(indices)
             return await self._encode([good[i] for i in indices], manifest, wanted, transform, timing)
 
+        start = time.perf_counter()
         async with self.admitted(len(blobs), manifest.name, bulk):
             keys = [(manifest.sha256, wanted, transform.crop, Content(blob)) for blob in good]
             encoded = iter(await self.in_flight.run(keys, work))
+        self.metrics.shared.labels(manifest.name).inc(len(good) - own)
+        if timing is not None and not own:
+            timing.queue += time.perf_counter() - start
         results: list[dict[str, Values] | PatchsightError] = []
         for blob in blobs:
             if isinstance(blob, PatchsightError):

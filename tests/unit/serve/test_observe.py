@@ -67,10 +67,11 @@ def test_images_batches_and_stages_are_counted(client: TestClient, png: bytes) -
     def grown(name: str, **pairs: str) -> float:
         return after[name, labels(**pairs)] - before.get((name, labels(**pairs)), 0)
 
-    assert grown("patchsight_images_total", encoder="fake") == 2
+    assert grown("patchsight_images_total", encoder="fake") == 1
+    assert grown("patchsight_shared_images_total", encoder="fake") == 1
     assert grown("patchsight_rejected_images_total", reason="unsupported_image") == 1
     assert grown("patchsight_rejected_images_total", reason="invalid_request") == 1
-    assert grown("patchsight_batch_size_sum", encoder="fake") == 2
+    assert grown("patchsight_batch_size_sum", encoder="fake") == 1
     for stage in ("decode", "queue", "infer"):
         assert grown(f"patchsight_{stage}_seconds_count") == 1
     assert after["patchsight_admitted_images", labels(encoder="fake")] == 0
