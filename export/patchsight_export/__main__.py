@@ -90,6 +90,8 @@ def export(settings: ExportSettings) -> None:
         print(f"weights rounded to fp16: cosine to the original at least {cosine:.6f}")
         source = source.noted("weights rounded to fp16")
     source = source.serving(settings.attention, settings.dynamic_size)
+    if settings.scaled_decode:
+        source = source.decoding_scaled()
     if settings.whiten is not None:
         whiten, count = learn_whitening(source.encoder, settings.whiten, Console(), both)
         told = f"ZCA, shrinkage {SHRINKAGE}, by {count:,} images of {Path(settings.whiten).name}"

@@ -52,6 +52,11 @@ class ExportSettings(CommandSettings):
     dynamic_size: CliToggleFlag[bool] = Field(
         False, description="a graph that takes pictures of other sizes, too: any multiples of the patch size"
     )
+    scaled_decode: CliToggleFlag[bool] = Field(
+        False,
+        description="large JPEGs are decoded at a part of their size wherever this encoder is used: several times as "
+        "fast, and its numbers move a little",
+    )
     attention: Literal["last", "rollout"] | int = Field(
         "last",
         description="which is served: of the last block; the rollout over all of them, one head; or of a BLOCK, by its "

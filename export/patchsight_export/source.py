@@ -9,7 +9,7 @@ from torch import Tensor
 
 from patchsight_export.attention import Kind, resolve
 from patchsight_serve.errors import InvalidRequest
-from patchsight_serve.manifest import Manifest
+from patchsight_serve.manifest import Manifest, Transform
 from patchsight_train import build, checkpoint
 from patchsight_train.architecture import EncoderConfig, ResNetConfig, architecture
 from patchsight_train.data import eval_transform
@@ -53,6 +53,11 @@ class Source:
                 )
             attention = resolve(attention, self.encoder.depth)  # type: ignore[arg-type]
         return self.with_fields(attention=attention, dynamic_size=dynamic_size)
+
+    def decoding_scaled(self) -> "Source":
+        """The same with large JPEGs decoded at a part of their size."""
+        transform: Transform = self.fields["transform"]
+        return self.with_fields(transform=transform.model_copy(update={"decoder": "pillow-scaled"}))
 
     def with_fields(self, **fields: Any) -> "Source":
         """The same with other values in the manifest."""

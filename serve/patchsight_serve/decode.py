@@ -11,6 +11,7 @@ import struct
 import warnings
 import zlib
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -141,10 +142,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def open_rgb(data: bytes, limits: Limits | None = None) -> Image.Image:
-    """Encoded bytes to an upright 8-bit RGB picture at its full size. Raises as `decode` does."""
+def open_rgb(data: bytes, limits: Limits | None = None, least_side: int | None = None) -> Image.Image:
+    """Encoded bytes to an upright 8-bit RGB picture. Raises as `decode` does.
+
+    least_side: a JPEG may come at 1/2, 1/4 or 1/8 of its size, as long as its shorter side keeps this many pixels;
+        None: at its full size.
+    """
     image = _open(data, limits or Limits())
     try:
+        if least_side is not None:
+            width, height = image.size
+            scale = least_side / min(width, height)
+            image.draft(None, (ceil(width * scale), ceil(height * scale)))  # does nothing to other formats
         return _to_rgb(image)
     except _BROKEN as error:
         raise DamagedImage(f"the {image.format} image is damaged: {error}") from None
@@ -176,4 +185,4 @@ def decode(data: bytes, transform: Transform, limits: Limits | None = None) -> n
         UnsupportedImage: none of `FORMATS`, whatever the file is called.
         DamagedImage: the format is known, the content is broken or truncated.
     """
-    return fit(open_rgb(data, limits), transform)
+    return fit(open_rgb(data, limits, transform.scaled_side), transform)

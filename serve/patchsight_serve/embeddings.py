@@ -133,7 +133,7 @@ async def attention(
     images = await read_images(request, replace(service.body_limits, max_images=1))
 
     def prepare(data: bytes) -> tuple[Pixels, Pixels | None]:
-        picture = open_rgb(data, service.limits)
+        picture = open_rgb(data, service.limits, transform.scaled_side)
         shown = shown_crop(picture, transform, grid) if media_type == PNG else None
         return fit(picture, transform), shown
 

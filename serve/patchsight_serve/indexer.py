@@ -106,7 +106,7 @@ async def _new_images(
     name = graph_name("embedding", manifest)
 
     def prepare(data: bytes) -> tuple[Pixels, bytes]:
-        picture = open_rgb(data, service.limits)
+        picture = open_rgb(data, service.limits, manifest.transform.scaled_side)
         return fit(picture, manifest.transform), thumbnail(picture)
 
     async with service.admitted(len(uploads), encoder_name):

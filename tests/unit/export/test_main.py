@@ -114,6 +114,17 @@ def test_another_embedding_can_be_recommended(
     assert not (tmp_path / "repository" / "y").exists()
 
 
+def test_scaled_decoding_is_declared_in_the_file_and_changes_nothing_else(
+    run: Path, bundle: Path, tmp_path: Path
+) -> None:
+    scaled = tmp_path / "model_repository" / "scaled"
+    main([str(run), str(scaled), "--scaled-decode"])
+    one, other = OrtEncoder(bundle).manifest, OrtEncoder(scaled).manifest  # which compares with the file's metadata
+    assert (one.transform.decoder, other.transform.decoder) == ("pillow", "pillow-scaled")
+    assert other.transform == one.transform.model_copy(update={"decoder": "pillow-scaled"})
+    assert other.sha256 != one.sha256
+
+
 def test_an_opset_is_chosen_on_the_command_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(run), str(tmp_path / "repository" / "x"), "--opset", "18"])
     assert onnx.load(tmp_path / "repository" / "x" / "1" / "model.onnx").opset_import[0].version == 18

@@ -244,6 +244,53 @@ def test_decode_is_open_then_fit(picture: np.ndarray, png: bytes) -> None:
     np.testing.assert_array_equal(decode(png, TRANSFORM), fit(Image.fromarray(picture), TRANSFORM))
 
 
+# Decoding at a part of the size
+
+
+SCALED = Transform(decoder="pillow-scaled", resize=16, crop=16)  # a shorter side of 160 at least
+
+
+@pytest.mark.parametrize(
+    ("size", "part"),
+    [((640, 480), 2), ((480, 320), 2), ((480, 319), 1), ((2000, 1280), 8), ((1280, 5000), 8), ((100, 90), 1)],
+)
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_jpeg_is_decoded_at_a_part_of_its_size(
+    size: tuple[int, int], part: int, orientation: int, picture: np.ndarray, encode: Encode
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
+    data = encode(photo, "JPEG", quality=95, exif=exif)
+    small = open_rgb(data, least_side=SCALED.scaled_side)
+    expected = tuple(-(-side // part) for side in (size if orientation == 1 else size[::-1]))
+    assert small.size == expected
+    full = open_rgb(data)
+    assert full.size == (size if orientation == 1 else size[::-1])
+    # The same picture: only what resizing smooths away differs.
+    difference = decode(data, SCALED).astype(int) - fit(full, SCALED)
+    assert abs(difference).max() <= 3
+    if part == 1:
+        np.testing.assert_array_equal(np.asarray(small), np.asarray(full))
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_other_formats_are_never_decoded_at_a_part(format: str, picture: np.ndarray, encode: Encode) -> None:
+    data = encode(Image.fromarray(picture).resize((640, 480)), format)
+    assert open_rgb(data, least_side=SCALED.scaled_side).size == (640, 480)
+
+
+def test_cmyk_and_several_pictures_in_a_jpeg_at_a_part(picture: np.ndarray, encode: Encode) -> None:
+    photo = Image.fromarray(picture).resize((640, 480), Image.Resampling.BICUBIC)
+    for data in (
+        encode(photo.convert("CMYK"), "JPEG", quality=95),
+        encode(photo.convert("L"), "JPEG", quality=95),
+        encode(photo, "MPO", quality=95, save_all=True, append_images=[photo.rotate(180)]),
+    ):
+        assert open_rgb(data, least_side=SCALED.scaled_side).size == (320, 240)
+        assert abs(decode(data, SCALED).astype(int) - decode(data, TRANSFORM)).max() <= 3
+
+
 # What is refused
 
 
