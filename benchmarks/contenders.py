@@ -111,7 +111,9 @@ def _raw(path: str) -> Callable[[bytes], bytes]:
     return lambda photo: http_request(path, headers, photo)
 
 
-def _form(field: str) -> Callable[[bytes], bytes]:
+def form_request(field: str) -> Callable[[bytes], bytes]:
+    """Makes requests with the photo as that field of a form."""
+
     def request(photo: bytes) -> bytes:
         about = f'Content-Disposition: form-data; name="{field}"; filename="photo.jpg"\r\nContent-Type: image/jpeg'
         body = f"--{BOUNDARY}\r\n{about}\r\n\r\n".encode() + photo + f"\r\n--{BOUNDARY}--\r\n".encode()
@@ -132,8 +134,8 @@ def _infer(photo: bytes) -> bytes:
 CONTENDERS = {
     "ours": Contender("patchsight", _ours(), _raw("/embed")),
     "fastapi": Contender("FastAPI", _fastapi, _raw("/embed")),
-    "litserve": Contender("LitServe", _litserve, _form("photo")),
-    "bentoml": Contender("BentoML", _bentoml, _form("photos")),
+    "litserve": Contender("LitServe", _litserve, form_request("photo")),
+    "bentoml": Contender("BentoML", _bentoml, form_request("photos")),
     "ray_serve": Contender("Ray Serve", _ray_serve, _raw("/embed")),
     "triton": Contender("Triton (python backend)", _triton, _infer),
 }

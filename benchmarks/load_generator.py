@@ -1,4 +1,4 @@
-"""Clients of an HTTP server: a fixed number that ask without end, or arrivals of a Poisson process, which wait for none.
+"""Clients of an HTTP server: a few that ask without end, or arrivals of a Poisson process, which wait for nobody.
 
 Requests are bytes made beforehand, connections are kept open, and replies are parsed in C: a client costs about 0.1 ms
 of CPU for a request, on a core that is not the server's.

@@ -26,22 +26,23 @@ def stand_aside() -> None:
 
 @contextmanager
 def running(
-    command: Sequence[str], environment: Mapping[str, str], url: str, request: bytes, log: Path
+    command: Sequence[str], environment: Mapping[str, str], url: str, request: bytes, log: Path, expected: int = 200
 ) -> Iterator[tuple[int, bytes]]:
-    """Start the server, and give its process and its answer to `request` once that is 200; end it after the block.
+    """Start the server, and give its process and its answer to `request` once its status is
+    `expected`; end it after the block.
 
     Raises RuntimeError with the log's end where it does not come to that.
     """
     with log.open("wb") as file:
         process = subprocess.Popen(pinned(command), env=dict(environment), stdout=file, stderr=file, cwd=log.parent)
     try:
-        yield process.pid, _first_answer(process, url, request, log)
+        yield process.pid, _first_answer(process, url, request, log, expected)
     finally:
         process_tree.end(process.pid)
         process.wait()
 
 
-def _first_answer(process: "subprocess.Popen[bytes]", url: str, request: bytes, log: Path) -> bytes:
+def _first_answer(process: "subprocess.Popen[bytes]", url: str, request: bytes, log: Path, expected: int) -> bytes:
     deadline = time.monotonic() + START_S
     told = "no connection"
     while time.monotonic() < deadline and process.poll() is None:
@@ -50,7 +51,7 @@ def _first_answer(process: "subprocess.Popen[bytes]", url: str, request: bytes, 
         except OSError:
             time.sleep(0.2)
             continue
-        if status == 200:
+        if status == expected:
             return body
         told = f"{status} {body[:200]!r}"
         time.sleep(0.2)

@@ -73,9 +73,10 @@ def draw(figures: Mapping[str, Any], path: Path) -> None:
     axes.set_xlabel("offered load, photos/s (Poisson arrivals)")
     axes.set_ylabel("p99 latency, ms")
     axes.axhline(figures["patience_s"] * 1000, color="#999999", linewidth=0.8, linestyle=":")
-    above = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 8, "color": "#666666"}
-    at = (0, figures["patience_s"] * 1000)
-    axes.annotate("refused, or given up by the client", at, xycoords=("axes fraction", "data"), **above)
+    at = (0.01, figures["patience_s"] * 1080)
+    axes.text(
+        *at, "refused, or given up by the client", transform=axes.get_yaxis_transform(), fontsize=8, color="#666666"
+    )
     axes.grid(which="both", alpha=0.25)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
