@@ -20,7 +20,7 @@ class TritonProcess:
 
     def __init__(self, models: Path, log: Path) -> None:
         self.models, self.log = models, log
-        self.ports = [_free_port() for _ in range(3)]
+        self.ports = [free_port() for _ in range(3)]
         self.address = f"grpc://127.0.0.1:{self.ports[1]}"
         self.harmed = False
         self._launcher: subprocess.Popen[bytes] | None = None
@@ -79,7 +79,8 @@ def _command(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Of this machine, at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
