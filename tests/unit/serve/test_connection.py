@@ -12,7 +12,7 @@ import pytest
 
 from patchsight_serve.connection import MAX_HEAD, MAX_PIPELINED, allow_open_files
 
-HEADER_TIMEOUT, TIMEOUT, MOST = 1, 3, 24
+HEADER_TIMEOUT, TIMEOUT, MOST = 1, 2, 24
 PATIENCE = 30  # seconds for what should take about one of the two, on a busy machine
 POST = b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
 GET = b"GET /livez HTTP/1.1\r\nHost: x\r\n"
@@ -48,6 +48,19 @@ def until_closed(connection: socket.socket) -> bytes:
             said += data
     except ConnectionResetError:
         pass  # it closed with some of ours unread
+    return said
+
+
+def answer(connection: socket.socket) -> bytes:
+    """One reply, with all of its body, and the connection stays."""
+    said = b""
+    while b"\r\n\r\n" not in said:
+        assert (data := connection.recv(1)), said
+        said += data
+    length = re.search(rb"content-length: (\d+)", said)
+    assert length
+    while len(said.partition(b"\r\n\r\n")[2]) < int(length[1]):
+        said += connection.recv(1)
     return said
 
 
@@ -98,10 +111,10 @@ def test_a_head_byte_by_byte_is_408(connect: Callable[[], socket.socket]) -> Non
 def test_a_second_head_has_a_time_of_its_own(connect: Callable[[], socket.socket]) -> None:
     connection = connect()
     connection.sendall(GET + b"\r\n")
-    assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+    assert answer(connection).startswith(b"HTTP/1.1 200")
     time.sleep(2 * HEADER_TIMEOUT)  # between requests a connection may rest
     connection.sendall(GET + b"\r\n")
-    assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+    assert answer(connection).startswith(b"HTTP/1.1 200")
     connection.sendall(GET)
     assert error(until_closed(connection), 408)
 
@@ -133,7 +146,7 @@ def test_the_limit_of_a_head(connect: Callable[[], socket.socket]) -> None:
     for length, status in ((MAX_HEAD - 200, b"200"), (MAX_HEAD + 10, b"431")):
         connection = connect()
         connection.sendall(GET + b"X: " + b"x" * length + b"\r\n\r\n")
-        assert connection.recv(65536).startswith(b"HTTP/1.1 " + status)
+        assert answer(connection).startswith(b"HTTP/1.1 " + status)
 
 
 def test_blank_lines_without_end(connect: Callable[[], socket.socket]) -> None:
@@ -149,8 +162,6 @@ def test_blank_lines_without_end(connect: Callable[[], socket.socket]) -> None:
         b"\x16\x03\x01 not http\r\n\r\n",
         b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
         b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
-        b"CONNECT example.org:443 HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n",
         POST + b"Content-Length: 3\r\nContent-Length: 4\r\n\r\nabc",
         POST + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\nabc",
         POST + b"Content-Length: -1\r\n\r\n",
@@ -213,15 +224,15 @@ def test_an_early_answer_without_100_ends_the_connection(connect: Callable[[], s
 def test_the_connection_lives_on_after_an_early_answer(connect: Callable[[], socket.socket]) -> None:
     connection = connect()
     connection.sendall(POST.replace(b"image/png", b"text/x") + b"Content-Length: 99\r\n\r\n")
-    assert connection.recv(65536).startswith(b"HTTP/1.1 415")
+    assert answer(connection).startswith(b"HTTP/1.1 415")
     connection.sendall(b"x" * 99 + GET + b"\r\n")
-    assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+    assert answer(connection).startswith(b"HTTP/1.1 200")
 
 
 def test_a_body_that_drips_after_its_answer_ends(connect: Callable[[], socket.socket]) -> None:
     connection = connect()
     connection.sendall(POST.replace(b"image/png", b"text/x") + b"Content-Length: 9999\r\n\r\n")
-    assert connection.recv(65536).startswith(b"HTTP/1.1 415")
+    assert answer(connection).startswith(b"HTTP/1.1 415")
     with pytest.raises((ConnectionResetError, BrokenPipeError)):
         for _ in range(10 * PATIENCE):
             connection.sendall(b"x")
@@ -240,14 +251,13 @@ def test_a_reply_that_nobody_reads_is_dropped(url: str, connect: Callable[[], so
         time.sleep(0.1)
     else:
         raise AssertionError("it still waits")
-    assert len(until_closed(connection)) < MAX_PIPELINED * 1_000_000
 
 
 def test_a_reply_that_is_read_slowly_arrives(url: str, connect: Callable[[], socket.socket]) -> None:
     whole = httpx.get(f"{url}/static/swagger/swagger-ui-bundle.js").content
     connection = connect()
     large = b"GET /static/swagger/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n"
-    times = 1 + 16_000_000 // len(whole)
+    times = 1 + 11_000_000 // len(whole)
     connection.sendall((large + b"\r\n") * (times - 1) + large + b"Connection: close\r\n\r\n")
     said, start = [], time.monotonic()
     while data := connection.recv(500_000):
@@ -261,13 +271,13 @@ def test_connections_over_the_limit(url: str, connect: Callable[[], socket.socke
     held = [connect() for _ in range(MOST)]
     for connection in held:
         connection.sendall(GET + b"\r\n")
-    assert all(connection.recv(65536).startswith(b"HTTP/1.1 200") for connection in held)
+    assert all(answer(connection).startswith(b"HTTP/1.1 200") for connection in held)
     late = connect()
     said = until_closed(late)
     assert error(said, 503)["code"] == "too_many_connections"
     assert b"retry-after: 1\r\n" in said.lower()
     held[0].sendall(GET + b"\r\n")  # those who are in stay in
-    assert held[0].recv(65536).startswith(b"HTTP/1.1 200")
+    assert answer(held[0]).startswith(b"HTTP/1.1 200")
     for connection in held:
         connection.close()
     for _ in range(10 * PATIENCE):
