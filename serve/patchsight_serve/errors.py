@@ -4,11 +4,14 @@
     ├── InvalidRequest                 400 malformed or out of range
     ├── Unauthorized                   401
     ├── NotFound                       404 unknown encoder, gallery or id
+    ├── RequestTimeout                 408 a head that does not come to its end
     ├── Conflict                       409 other bytes, or another encoder, under the same name
     ├── TooLarge                       413 over a limit: bytes, pixels, images
     ├── UnsupportedImage               415 not an image format we read
     ├── DamagedImage                   422 right format, broken content
     ├── Overloaded                     429 queue full; carries `retry_after_s`
+    │   └── TooManyConnections         503
+    ├── HeadTooLarge                   431 the request's line and headers
     ├── NotReady                       503 starting, draining, or a dead worker
     ├── DeadlineExceeded               504
     ├── StorageFull                    507
@@ -42,6 +45,10 @@ class NotFound(PatchsightError):
     status, code = 404, "not_found"
 
 
+class RequestTimeout(PatchsightError):
+    status, code = 408, "request_timeout"
+
+
 class Conflict(PatchsightError):
     status, code = 409, "conflict"
 
@@ -64,6 +71,14 @@ class Overloaded(PatchsightError):
     def __init__(self, message: str, retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class TooManyConnections(Overloaded):
+    status, code = 503, "too_many_connections"
+
+
+class HeadTooLarge(PatchsightError):
+    status, code = 431, "head_too_large"
 
 
 class NotReady(PatchsightError):

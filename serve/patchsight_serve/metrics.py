@@ -39,6 +39,11 @@ class Metrics:
             "patchsight_rejected_images", "Images not encoded, by the code of their error.", ("reason",),
             registry=registry,
         )  # fmt: skip
+        self.refused = Counter(
+            "patchsight_rejected_requests", "Requests and connections turned away, by the code of their error.",
+            ("reason",), registry=registry,
+        )  # fmt: skip
+        self.connections = Gauge("patchsight_connections", "Open connections.", registry=registry)
         self.decode = seconds("decode", "Decoding all images of a request.")
         self.queue = seconds("queue", "From the queue's end to the first batch of a request.")
         self.infer = seconds("infer", "From the first batch of a request to the end of its last.")

@@ -8,12 +8,15 @@ import os
 import signal
 import time
 from collections.abc import Mapping
+from functools import partial
 from types import FrameType
+from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
 
 from patchsight_serve.app import create_app
+from patchsight_serve.connection import Connection, ConnectionLimits, allow_open_files
 from patchsight_serve.encoder import Encoder, RemoteEncoder
 from patchsight_serve.repository import load_encoders
 from patchsight_serve.service import Service
@@ -29,11 +32,21 @@ class Server(uvicorn.Server):
     finished, within `drain_timeout_s`. A second signal ends the delay; a second INT ends everything."""
 
     def __init__(self, app: FastAPI, settings: ServeSettings) -> None:
+        self._service: Service = app.state.service
+        metrics = self._service.metrics
+        limits = ConnectionLimits(
+            settings.max_connections,
+            settings.header_timeout_s,
+            settings.timeout_s,
+            lambda reason: metrics.refused.labels(reason).inc(),
+        )
         super().__init__(
             uvicorn.Config(
                 app,
                 host=settings.host,
                 port=settings.port,
+                http=partial(Connection, limits),  # type: ignore[arg-type]  # a class is wanted, and only called
+                ws="none",
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -42,7 +55,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=settings.drain_timeout_s,
             )
         )
-        self._service: Service = app.state.service
+        metrics.connections.set_function(lambda: len(self.server_state.connections))
         self._exit_at = float("inf")
 
     @property
@@ -63,6 +76,10 @@ class Server(uvicorn.Server):
             self.handle_exit(signal.SIGTERM, None)
         if time.monotonic() >= self._exit_at:
             self.should_exit = True
+        if counter % 5 == 0:
+            now = time.monotonic()
+            for connection in cast("set[Connection]", set(self.server_state.connections)):
+                connection.check(now)
         return await super().on_tick(counter)
 
 
@@ -85,6 +102,8 @@ def serve(settings: ServeSettings) -> None:
             "encoder %s: %s %s, embeddings of %d numbers, sha256 %.12s, trained on %s; license: %s",
             m.name, m.objective, m.architecture, numbers, m.sha256, m.data, m.license,
         )  # fmt: skip
+    if (files := allow_open_files(settings.max_connections)) < settings.max_connections:
+        logger.warning("only %d files may be open at once, fewer than max_connections", files)
     server = Server(create_app(encoders, settings), settings)
     server.run()
     if server.hung:

@@ -53,7 +53,13 @@ class ServeSettings(CommandSettings):
         10.0, description="seconds that a request may have to wait for those before it, by the pace; else 429 at once"
     )
 
-    timeout_s: Seconds = Field(30.0, description="seconds for a body to arrive, and again for its images to be encoded")
+    max_connections: Positive = Field(1000, description="open connections; further ones are answered with 503")
+
+    header_timeout_s: Seconds = Field(10.0, description="seconds for the head of a request to arrive")
+    timeout_s: Seconds = Field(
+        30.0,
+        description="seconds for a body to arrive, again for its images to be encoded, and for the client to read on",
+    )
     ready_age_s: Seconds = Field(5.0, description="/readyz trusts an inference this many seconds old, then runs one")
     batch_timeout_s: Seconds = Field(
         30.0, description="seconds of one run of an encoder, after which it hangs and the process ends with status 70"
