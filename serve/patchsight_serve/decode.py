@@ -141,13 +141,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def open_rgb(data: bytes, limits: Limits | None = None) -> Image.Image:
-    """Encoded bytes to an upright 8-bit RGB picture at its full size. Raises as `decode` does."""
-    image = _open(data, limits or Limits())
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture that Pillow has opened or made to an upright 8-bit RGB one. Raises DamagedImage."""
     try:
         return _to_rgb(image)
     except _BROKEN as error:
-        raise DamagedImage(f"the {image.format} image is damaged: {error}") from None
+        raise DamagedImage(f"the {image.format or image.mode} image is damaged: {error}") from None
+
+
+def open_rgb(data: bytes, limits: Limits | None = None) -> Image.Image:
+    """Encoded bytes to an upright 8-bit RGB picture at its full size. Raises as `decode` does."""
+    return to_rgb(_open(data, limits or Limits()))
 
 
 def fit(image: Image.Image, transform: Transform) -> np.ndarray[Any, np.dtype[np.uint8]]:
