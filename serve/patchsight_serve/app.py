@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import Response
 
-from patchsight_serve import __version__, embeddings, galleries, neighbors, page, status
+from patchsight_serve import __version__, embeddings, galleries, neighbors, openai_api, page, status
 from patchsight_serve.auth import BearerAuth
 from patchsight_serve.batcher import Batcher
 from patchsight_serve.bodies import BodyLimits
@@ -68,6 +68,7 @@ def create_app(encoders: Mapping[str, Encoder | RemoteEncoder], settings: ServeS
     app.include_router(embeddings.router())
     app.include_router(galleries.router())
     app.include_router(neighbors.router())
+    app.include_router(openai_api.router())
     app.include_router(status.router())
     app.include_router(page.router())
     app.mount("/static", page.PageFiles(), name="static")

@@ -107,7 +107,7 @@ async def read_multipart(request: Request, limits: BodyLimits) -> Multipart:
         return await _parts(form)
     except MultiPartException as error:
         if error.message.startswith("Too many files"):
-            raise _too_many(None, limits) from None
+            raise too_many(None, limits) from None
         raise InvalidRequest(f"the multipart body is malformed: {error.message}") from None
     except (KeyError, ValueError) as error:  # no boundary in the header, undecodable names
         raise InvalidRequest(f"the multipart body is malformed: {error}") from None
@@ -145,11 +145,12 @@ def from_json(body: bytes, limits: BodyLimits) -> list[bytes | PatchsightError]:
     if unknown := set(content) - {FIELD}:
         raise InvalidRequest(f"unknown key {min(unknown)!r} in the JSON body", min(unknown))
     if len(images) > limits.max_images:
-        raise _too_many(len(images), limits)
-    return [_from_base64(image) for image in images]
+        raise too_many(len(images), limits)
+    return [from_base64(image) for image in images]
 
 
-def _from_base64(text: object) -> bytes | PatchsightError:
+def from_base64(text: object) -> bytes | PatchsightError:
+    """One image of a JSON body, base64 or a data URI, to its bytes, or what is wrong with it."""
     if not isinstance(text, str):
         return InvalidRequest(f"an image must be a string of base64 or a data URI, not {type(text).__name__}")
     if text.startswith(("http:", "https:", "file:")):
@@ -191,6 +192,7 @@ def _too_long(size: int, limits: BodyLimits) -> TooLarge:
     return TooLarge(f"the body has {size:,} bytes or more, the limit is {limits.max_bytes:,}")
 
 
-def _too_many(count: int | None, limits: BodyLimits) -> TooLarge:
+def too_many(count: int | None, limits: BodyLimits, param: str = FIELD) -> TooLarge:
+    """The error of a request with more images than it may have; None if nobody counted them to the end."""
     said = f"{count:,} images" if count else "more images than allowed"
-    return TooLarge(f"the request has {said}, the limit is {limits.max_images}", FIELD)
+    return TooLarge(f"the request has {said}, the limit is {limits.max_images}", param)

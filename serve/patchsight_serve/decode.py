@@ -142,13 +142,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def open_rgb(data: bytes, limits: Limits | None = None, least_side: int | None = None) -> Image.Image:
-    """Encoded bytes to an upright 8-bit RGB picture. Raises as `decode` does.
+def to_rgb(image: Image.Image, least_side: int | None = None) -> Image.Image:
+    """A picture that Pillow has opened or made to an upright 8-bit RGB one. Raises DamagedImage.
 
     least_side: a JPEG may come at 1/2, 1/4 or 1/8 of its size, as long as its shorter side keeps this many pixels;
         None: at its full size.
     """
-    image = _open(data, limits or Limits())
     try:
         if least_side is not None:
             width, height = image.size
@@ -156,7 +155,12 @@ def open_rgb(data: bytes, limits: Limits | None = None, least_side: int | None =
             image.draft(None, (ceil(width * scale), ceil(height * scale)))  # does nothing to other formats
         return _to_rgb(image)
     except _BROKEN as error:
-        raise DamagedImage(f"the {image.format} image is damaged: {error}") from None
+        raise DamagedImage(f"the {image.format or image.mode} image is damaged: {error}") from None
+
+
+def open_rgb(data: bytes, limits: Limits | None = None, least_side: int | None = None) -> Image.Image:
+    """Encoded bytes to an upright 8-bit RGB picture, at the size that `to_rgb` says. Raises as `decode` does."""
+    return to_rgb(_open(data, limits or Limits()), least_side)
 
 
 def fit(image: Image.Image, transform: Transform) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -16,7 +16,7 @@ from patchsight_serve.departure import while_connected
 from patchsight_serve.encoder import Pixels, Values
 from patchsight_serve.errors import InvalidRequest, PatchsightError
 from patchsight_serve.heatmap import keep_mass, overlay, shown_crop
-from patchsight_serve.manifest import Manifest
+from patchsight_serve.manifest import Manifest, Transform
 from patchsight_serve.replies import (
     JSON,
     NPY,
@@ -49,6 +49,13 @@ PriorityQuery = Annotated[
         f"if left out, more than {INTERACTIVE_IMAGES} images are bulk"
     ),
 ]
+FittedQuery = Annotated[
+    bool,
+    Query(
+        description="the images are what the encoder sees already: squares, of which no margin is cut away. One of "
+        "exactly its size is taken as it is, pixel by pixel"
+    ),
+]
 
 
 def router() -> APIRouter:
@@ -78,6 +85,7 @@ async def embed(
     normalize: Annotated[bool, Query(description="scale embeddings to length 1")] = True,
     size: SizeQuery = None,
     priority: PriorityQuery = None,
+    fitted: FittedQuery = False,
 ) -> Response:
     """One result per image, in order.
 
@@ -87,7 +95,7 @@ async def embed(
     service: Service = request.app.state.service
     manifest = service.encoder(encoder).manifest
     wanted = _names(outputs, manifest)
-    transform = service.transform(manifest, size)
+    transform = _transform(service.transform(manifest, size), fitted)
     media_type = negotiate(request.headers.get("accept"), (JSON, NPY, NPZ, RAW))
     if media_type in (NPY, RAW) and len(wanted) > 1:
         raise InvalidRequest(f"{media_type} holds one output, {len(wanted)} were asked for; {NPZ} holds all", "outputs")
@@ -118,6 +126,7 @@ async def attention(
         float | None, Query(gt=0, le=1, description="keep the strongest patches that hold this share", examples=[0.6])
     ] = None,
     size: SizeQuery = None,
+    fitted: FittedQuery = False,
 ) -> Response:
     """PNG of what the encoder saw of the picture, with the encoder's attention from CLS to the patches on it.
 
@@ -127,7 +136,7 @@ async def attention(
     manifest = service.encoder(encoder).manifest
     name = graph_name("attention", manifest, param="encoder")
     number = _head(head, manifest)
-    transform = service.transform(manifest, size)
+    transform = _transform(service.transform(manifest, size), fitted)
     grid = transform.crop // manifest.size_step
     media_type = negotiate(request.headers.get("accept"), (PNG, JSON, NPY, RAW))
     images = await read_images(request, replace(service.body_limits, max_images=1))
@@ -156,6 +165,11 @@ async def attention(
     if media_type == JSON:
         return json_reply({"encoder": identity(manifest), "attention": packed(chosen)})
     return array_reply({"attention": chosen}, media_type, manifest)
+
+
+def _transform(transform: Transform, fitted: bool) -> Transform:
+    """Without its margin for pictures that are fitted: one of size `crop` then goes through `fit` as it is."""
+    return transform.model_copy(update={"resize": transform.crop}) if fitted else transform
 
 
 def _names(outputs: str, manifest: Manifest) -> list[str]:

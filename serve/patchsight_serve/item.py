@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, TypedDict
 
 import orjson
 
+from patchsight_serve.encoder import Values
 from patchsight_serve.errors import InvalidRequest, NotFound
-from patchsight_serve.nearest import F32
 
 MAX_LABEL = 256  # characters
 MAX_METADATA = 16 * 1024  # bytes as JSON
@@ -48,7 +48,7 @@ class NewImage:
     item: Item
     data: bytes
     thumbnail: bytes
-    vector: F32
+    vector: Values
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class EncoderList(BaseModel):
 
 
 _BINARY = {"type": "string", "format": "binary"}
-_PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGOoAAAAegB5s2G1ewAAAABJRU5ErkJggg=="
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGOoAAAAegB5s2G1ewAAAABJRU5ErkJggg=="
 
 
 def image_body(several: bool) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def image_body(several: bool) -> dict[str, Any]:
                         }
                     },
                 },
-                "example": {"images": [f"data:image/png;base64,{_PIXEL}"]},
+                "example": {"images": [f"data:image/png;base64,{PIXEL}"]},
             },
         },
     }

@@ -174,7 +174,7 @@ class Service:
 
         start = time.perf_counter()
         async with self.admitted(len(blobs), manifest.name, bulk):
-            keys = [(manifest.sha256, wanted, transform.crop, Content(blob)) for blob in good]
+            keys = [(manifest.sha256, wanted, transform, Content(blob)) for blob in good]
             encoded = iter(await self.in_flight.run(keys, work))
         self.metrics.shared.labels(manifest.name).inc(len(good) - own)
         if timing is not None and not own:

@@ -1,6 +1,5 @@
 """The k-NN protocol against one written out in loops, and the command in process against the command on a server."""
 
-import io
 import json
 import math
 import threading
@@ -12,14 +11,13 @@ import faiss
 import numpy as np
 import pytest
 import uvicorn
-from PIL import Image
 
 from patchsight_serve import knn, protocol
 from patchsight_serve.app import create_app
 from patchsight_serve.client import Client
 from patchsight_serve.dataset import read_dataset
 from patchsight_serve.embedder import LocalEmbedder
-from patchsight_serve.errors import InvalidRequest, NotFound, PatchsightError, Unauthorized
+from patchsight_serve.errors import InvalidRequest, NotFound, PatchsightError
 from patchsight_serve.fake_encoder import FakeEncoder
 from patchsight_serve.labelled import embed_labelled, match_classes, match_names, read_labelled
 from patchsight_serve.nearest import normalize
@@ -383,92 +381,3 @@ def test_an_unknown_encoder_lists_the_known(tiny_bundle: Path, capsys) -> None:
     assert "'other' is not in" in capsys.readouterr().err
     with listening(FakeEncoder()) as url, pytest.raises(NotFound, match="has no encoder 'other'; it has fake"):
         Client(url, encoder="other")
-
-
-# ---- the client
-
-
-def photos(count: int) -> list[bytes]:
-    samples = read_dataset(SAMPLES)
-    return [samples.read(i) for i in range(count)]
-
-
-def test_client_embeds_in_order_and_equals_the_encoder() -> None:
-    images = photos(50)
-    local = np.stack(list(LocalEmbedder(FakeEncoder()).embed_each(images)))
-    with listening(FakeEncoder()) as url, Client(url, batch=7, concurrency=3) as client:
-        assert client.embed(images).tolist() == local.tolist()
-        assert client.embed([]).shape == (0, 0)
-        with pytest.raises(PatchsightError) as error:
-            client.embed([*images[:9], b"text"])
-        assert error.value.param == "images[9]"
-        assert error.value.status == 415
-
-
-def test_client_waits_for_a_busy_server_and_cuts_what_is_too_much_for_it() -> None:
-    """More images at once than the queue holds, more per request than allowed, and more bytes than allowed."""
-    images = photos(40)
-    expected = np.stack(list(LocalEmbedder(FakeEncoder()).embed_each(images)))
-    refused = []
-
-    class Watching(Client):
-        def _request(self, *args, **kwargs):
-            reply = super()._request(*args, **kwargs)
-            refused.append(reply.status_code)
-            return reply
-
-    limits = {"max_images": 8, "max_queue": 8, "max_body_bytes": 60_000}
-    with listening(FakeEncoder(), **limits) as url, Watching(url, batch=32, concurrency=4) as client:
-        assert client.embed(images).tolist() == expected.tolist()
-    assert 413 in refused
-
-
-def test_client_repeats_after_429(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr("patchsight_serve.client.time.sleep", waits.append)
-    images = photos(3)
-    with listening(FakeEncoder()) as url, Client(url) as client:
-        real, answers = client._http.request, [429, 429]
-
-        def busy(method, path, **what):
-            reply = real(method, path, **what)
-            if answers:
-                reply.status_code = answers.pop()
-                reply.headers["Retry-After"] = "7"
-            return reply
-
-        monkeypatch.setattr(client._http, "request", busy)
-        assert len(client.embed(images)) == 3
-        assert waits == [7, 7]
-
-
-def test_client_says_what_is_wrong_with_the_server() -> None:
-    with listening(FakeEncoder(), api_keys="right") as url:
-        with pytest.raises(Unauthorized):
-            Client(url, "wrong")
-        with Client(url, "right") as client, pytest.raises(InvalidRequest, match="no output 'other'"):
-            Client(url, "right", output="other")
-        client.close()
-
-
-def test_a_server_whose_encoder_is_exchanged_is_an_error() -> None:
-    with listening(FakeEncoder()) as url, Client(url) as client:
-        client.encoder = client.encoder._replace(sha256="0" * 64)
-        with pytest.raises(PatchsightError, match="exchanged"):
-            client.embed(photos(1))
-
-
-def test_one_pixel_decides_nothing_about_another_image() -> None:
-    """Batches hold good and bad images in every mix, and each good one gets its own embedding."""
-    good = photos(6)
-    mix = [b"", good[0], b"x", good[1], good[2][:2000], good[3], good[4], b"", good[5]]
-    alone = {data: next(iter(LocalEmbedder(FakeEncoder()).embed_each([data]))) for data in mix}
-    with listening(FakeEncoder()) as url, Client(url, batch=4) as client:
-        for embedder in (LocalEmbedder(FakeEncoder(), batch=4), client):
-            for data, row in zip(mix, embedder.embed_each(mix), strict=True):
-                if isinstance(row, PatchsightError):
-                    assert type(row) is type(alone[data])
-                    assert row.message == alone[data].message
-                else:
-                    assert row.tolist() == alone[data].tolist()
-                    assert Image.open(io.BytesIO(data)).size

@@ -1,0 +1,114 @@
+"""The client of an event loop; `client` has it beside its sister."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+import httpx
+
+from patchsight_serve.client_images import Picture
+from patchsight_serve.client_protocol import Conversation, Options, Row
+from patchsight_serve.client_steps import Call, Step, Steps, Work
+from patchsight_serve.encoder import Values
+from patchsight_serve.item import Identity, Neighbor
+
+T = TypeVar("T")
+
+
+class AsyncClient:
+    """As `Client`, opened by `async with AsyncClient(url) as client`. Pictures are read and resized in threads."""
+
+    def __init__(self, url: str, key: str | None = None, **options: Unpack[Options]) -> None:
+        self._talk = Conversation(url, key, **options)
+        self._http = self._talk.connect(httpx.AsyncClient)
+
+    @property
+    def encoder(self) -> Identity:
+        """Which encoder it is."""
+        return self._talk.encoder
+
+    @property
+    def output(self) -> str:
+        """Which embedding of it."""
+        return self._talk.output
+
+    async def encoders(self) -> list[dict[str, Any]]:
+        """As `Client.encoders`."""
+        return await self._run(self._talk.encoders())
+
+    async def embed(self, pictures: Iterable[Picture]) -> Values:
+        """As `Client.embed`."""
+        return self._talk.stacked([row async for row in self.embed_each(pictures)])
+
+    async def embed_each(self, pictures: Iterable[Picture]) -> AsyncIterator[Row]:
+        """As `Client.embed_each`. `pictures` is asked for the next one in the event loop, and must not block it."""
+        ahead: deque[asyncio.Task[list[Row]]] = deque()
+        try:
+            for batch in self._talk.batches(pictures):
+                if len(ahead) == self._talk.concurrency:
+                    for row in await ahead[0]:
+                        yield row
+                    ahead.popleft()
+                ahead.append(asyncio.create_task(self._run(self._talk.embed(batch))))
+            while ahead:
+                for row in await ahead[0]:
+                    yield row
+                ahead.popleft()
+        finally:
+            for task in ahead:
+                task.cancel()
+            await asyncio.gather(*ahead, return_exceptions=True)
+
+    async def attention(self, picture: Picture, head: str = "mean", mass: float | None = None) -> Values:
+        """As `Client.attention`."""
+        return await self._run(self._talk.attention(picture, head, mass))
+
+    async def neighbors(self, picture: Picture, **query: object) -> list[Neighbor]:
+        """As `Client.neighbors`."""
+        return await self._run(self._talk.neighbors(picture, False, query))
+
+    async def neighbors_of(self, id: str, **query: object) -> list[Neighbor]:
+        """As `Client.neighbors_of`."""
+        return await self._run(self._talk.neighbors(id, True, query))
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._run(self._talk.opened())
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _run(self, steps: Steps[T]) -> T:
+        """Do what is yielded."""
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    reply = await self._do(step)
+                except httpx.HTTPError as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(reply)
+        except StopIteration as done:
+            result: T = done.value
+            return result
+
+    async def _do(self, step: Step) -> object:
+        if isinstance(step, Call):
+            return await self._http.request(**step.arguments())
+        if isinstance(step, Work):
+            return await asyncio.to_thread(step.do)
+        await asyncio.sleep(step.seconds)
+        return None

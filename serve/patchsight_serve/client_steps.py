@@ -1,0 +1,101 @@
+"""What a client does, as steps that something else takes: send a call, wait, work; and how a call is repeated."""
+
+import random
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import httpx
+
+from patchsight_serve import errors
+from patchsight_serve.errors import NotReady, Overloaded, PatchsightError
+
+T = TypeVar("T")
+JSON, NPY = "application/json", "application/x-npy"
+LONGEST_WAIT_S = 60
+JITTER = 0.25  # of the wait, at most, on top of it: clients that were refused together must not come back together
+
+_BY_CODE = {
+    kind.code: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, PatchsightError)
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request to send. Images go as a form, also where there is one of them."""
+
+    method: str
+    path: str
+    query: dict[str, str] = field(default_factory=dict)
+    accept: str = JSON
+    images: Sequence[bytes] = ()
+
+    def arguments(self) -> dict[str, Any]:
+        """For httpx's `request`."""
+        files = [("images", (f"{i}", data, "application/octet-stream")) for i, data in enumerate(self.images)]
+        headers = {"Accept": self.accept}
+        return {
+            "method": self.method, "url": self.path, "params": self.query, "headers": headers, "files": files or None,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Seconds to let pass."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What takes a thread a while."""
+
+    do: Callable[[], object]
+
+
+Step = Call | Wait | Work
+Steps = Generator[Step, Any, T]
+
+
+def ask(call: Call, url: str, patience_s: float) -> Steps[httpx.Response]:
+    """A good reply. Repeats a call while the server is busy, for as long as `patience_s`, and once each if it is
+    not ready or the connection breaks: nothing that is asked here changes anything, so that twice does no harm.
+
+    Raises the server's error, PatchsightError if it cannot be reached.
+    """
+    end = time.monotonic() + patience_s
+    excused: set[object] = set()
+    while True:
+        try:
+            reply: httpx.Response = yield call
+        except httpx.HTTPError as error:
+            broken = isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError)
+            if not broken or "connection" in excused:
+                raise PatchsightError(f"{url}: {str(error) or type(error).__name__}") from error
+            excused.add("connection")
+            wait = 0.2
+        else:
+            if reply.is_success:
+                return reply
+            busy = reply.status_code == Overloaded.status and time.monotonic() < end
+            if not busy and (reply.status_code != NotReady.status or NotReady.status in excused):
+                raise _error_of(reply)
+            excused.add(reply.status_code)
+            told = reply.headers.get("Retry-After", "1")
+            wait = min(int(told), LONGEST_WAIT_S) if told.isdecimal() else 1
+        yield Wait(wait * (1 + JITTER * random.random()))
+
+
+def _error_of(reply: httpx.Response) -> PatchsightError:
+    """The server's own words, or what came instead."""
+    try:
+        return named(**reply.json()["error"])
+    except (ValueError, KeyError, TypeError):
+        return PatchsightError(f"{reply.url}: status {reply.status_code} and no error of a patchsight server")
+
+
+def named(code: str, message: str, param: str | None = None, **_: Any) -> PatchsightError:
+    """An error as the server words it."""
+    kind: type[PatchsightError] = _BY_CODE.get(code, PatchsightError)
+    return kind(message) if kind is Overloaded else kind(message, param)
