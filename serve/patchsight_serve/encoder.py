@@ -1,4 +1,5 @@
-"""What the server asks of an engine that runs an encoder. ONNX Runtime and the fake pass the same tests of it."""
+"""What the server asks of an engine that runs an encoder. ONNX Runtime, OpenVINO and the fake pass the same
+tests of it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,25 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 Values = np.ndarray[Any, np.dtype[np.float32]]
 
 
+@dataclass(frozen=True)
+class Runtime:
+    """What computes an encoder, and how far that can change its numbers."""
+
+    engine: str  # onnxruntime, openvino, triton, fake
+    precision: str  # what it computes in: fp32, fp16, bf16, int8
+    cosine: float | None = None  # least one of embeddings to ONNX Runtime's, on the trial's pictures; None: not tried
+
+
 class Described(Protocol):
     """An encoder, wherever it runs."""
 
     @property
     def manifest(self) -> Manifest:
         """What the encoder promises: names and shapes of its outputs, and the transform of its input."""
+
+    @property
+    def runtime(self) -> Runtime:
+        """What computes it."""
 
 
 class Encoder(Described, Protocol):
@@ -41,6 +55,11 @@ class RemoteEncoder:
 
     manifest: Manifest
     address: str  # grpc://HOST:PORT
+
+    @property
+    def runtime(self) -> Runtime:
+        """As in `Described`."""
+        return Runtime("triton", self.manifest.precision)
 
 
 def default_name(encoders: Mapping[str, Described]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from patchsight_serve.encoder import Pixels, Values
+from patchsight_serve.encoder import Pixels, Runtime, Values
 from patchsight_serve.manifest import Manifest, Transform
 
 Numbers = np.ndarray[Any, np.dtype[Any]]
@@ -42,6 +42,7 @@ class FakeEncoder:
             license="Apache-2.0",
             dynamic_size=dynamic_size,
         )
+        self.runtime = Runtime("fake", "fp32")
         # Odd, hence never 0: changing one pixel by one changes every component.
         rng = np.random.default_rng(0)
         self._weights = 2 * rng.integers(-4, 4, (image_size * image_size * 3, embedding_dim)) + 1

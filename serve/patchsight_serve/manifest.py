@@ -130,6 +130,21 @@ def load_manifest(bundle: Path) -> Manifest:
     Raises:
         BundleError: a file is missing, the JSON does not fit the schema, or the name or the sha256 differs.
     """
+    manifest = _told(bundle)
+    _require(manifest, bundle, sha256_of(bundle / "1" / "model.onnx"))
+    return manifest
+
+
+def read_bundle(bundle: Path) -> tuple[Manifest, bytes]:
+    """The same, and the bytes of `1/model.onnx` that were checked: of a bundle that is replaced while it is read there
+    is an error, never one encoder's manifest with another one's graph."""
+    manifest = _told(bundle)
+    graph = (bundle / "1" / "model.onnx").read_bytes()
+    _require(manifest, bundle, hashlib.sha256(graph).hexdigest())
+    return manifest, graph
+
+
+def _told(bundle: Path) -> Manifest:
     path, model = bundle / "encoder.json", bundle / "1" / "model.onnx"
     for needed in (path, model):
         if not needed.is_file():
@@ -142,7 +157,10 @@ def load_manifest(bundle: Path) -> Manifest:
         raise BundleError(f"{path}: {where}: {first['msg']}") from error
     if manifest.name != bundle.name:
         raise BundleError(f"{path}: names {manifest.name!r}, but its folder is {bundle.name!r}")
-    actual = sha256_of(model)
-    if actual != manifest.sha256:
-        raise BundleError(f"{model}: sha256 is {actual}, encoder.json says {manifest.sha256}; the file was changed")
     return manifest
+
+
+def _require(manifest: Manifest, bundle: Path, actual: str) -> None:
+    if actual != manifest.sha256:
+        model = bundle / "1" / "model.onnx"
+        raise BundleError(f"{model}: sha256 is {actual}, encoder.json says {manifest.sha256}; the file was changed")

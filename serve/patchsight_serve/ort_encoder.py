@@ -2,18 +2,19 @@
 
 import contextlib
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 
-from patchsight_serve.encoder import Pixels, Values
+from patchsight_serve.encoder import Pixels, Runtime, Values
 from patchsight_serve.errors import BundleError
-from patchsight_serve.manifest import METADATA_KEY, Manifest, load_manifest
+from patchsight_serve.graph_check import Port, check_graph
+from patchsight_serve.manifest import METADATA_KEY, Manifest, read_bundle
 
 ERROR_SEVERITY = 3
+KINDS = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}
 CUDA = "CUDAExecutionProvider"
 OPTIONS = {CUDA: {
     # Batches are of any size: to try every algorithm for each new one would hold requests up.
@@ -36,7 +37,9 @@ class OrtEncoder:
     def __init__(
         self, bundle: Path, threads: int | None = None, providers: Sequence[str] = ("CPUExecutionProvider",)
     ) -> None:
-        self.manifest: Manifest = load_manifest(bundle)
+        manifest, graph = read_bundle(bundle)
+        self.manifest: Manifest = manifest
+        self.runtime = Runtime("onnxruntime", manifest.precision)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = ERROR_SEVERITY
@@ -46,44 +49,30 @@ class OrtEncoder:
         missing = _load_cuda() if CUDA in providers else ""
         try:
             self._session = ort.InferenceSession(
-                (bundle / "1" / "model.onnx").read_bytes(), options, providers=list(providers),
+                graph, options, providers=list(providers),
                 provider_options=[OPTIONS.get(provider, {}) for provider in providers],
             )  # fmt: skip
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             needs = "; bf16 needs a GPU" if self.manifest.precision == "bf16" else ""
             raise BundleError(f"{bundle.name}: ONNX Runtime cannot load 1/model.onnx: {error}{needs}") from error
         _require(providers, self._session.get_providers(), bundle.name, missing)
-        self._check_metadata()
-        self._check_signature()
+        self._check()
 
     def run(self, images: Pixels, outputs: Sequence[str]) -> dict[str, Values]:
         """As in `Encoder`."""
         return dict(zip(outputs, self._session.run(list(outputs), {"image": images}), strict=True))
 
-    def _check_metadata(self) -> None:
+    def _check(self) -> None:
         inside = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-        if inside is None:
-            raise BundleError(f"{self.manifest.name}: 1/model.onnx has no metadata {METADATA_KEY!r}; export it again")
-        told, found = json.loads(self.manifest.metadata()), _object(inside)
-        if different := sorted(key for key in told | found if told.get(key) != found.get(key)):
-            key = different[0]
-            raise BundleError(
-                f"{self.manifest.name}: encoder.json says {key} = {told.get(key)!r}, "
-                f"the ONNX file says {found.get(key)!r}"
-            )
+        check_graph(self.manifest, inside, _ports(self._session.get_inputs()), _ports(self._session.get_outputs()))
 
-    def _check_signature(self) -> None:
-        manifest = self.manifest
-        side = None if manifest.dynamic_size else manifest.transform.crop  # an axis of no size has a name
-        inputs = {i.name: (i.type, i.shape[1:]) for i in self._session.get_inputs()}
-        sizes = {n: (kind, [s if isinstance(s, int) else None for s in shape]) for n, (kind, shape) in inputs.items()}
-        if sizes != {"image": ("tensor(uint8)", [side, side, 3])}:
-            told = "[N, H, W, 3]" if side is None else f"[N, {side}, {side}, 3]"
-            raise BundleError(f"{manifest.name}: the graph's input is {inputs}, not uint8 {told}")
-        have = {o.name: (o.type, len(o.shape)) for o in self._session.get_outputs()}
-        for name, shape in self.manifest.outputs.items():
-            if have.get(name) != ("tensor(float)", len(shape) + 1):
-                raise BundleError(f"{self.manifest.name}: output {name!r} is {have.get(name)}, not float [N, {shape}]")
+
+def _ports(arguments: Sequence[Any]) -> dict[str, Port]:
+    """An axis of no fixed size has a name there, or none."""
+    return {
+        a.name: Port(KINDS.get(a.type, a.type), tuple(s if isinstance(s, int) else None for s in a.shape))
+        for a in arguments
+    }
 
 
 def _require(providers: Sequence[str], usable: Sequence[str], name: str, why: str = "") -> None:
@@ -98,11 +87,3 @@ def _load_cuda() -> str:
         ort.preload_dlls()
     first = next((line for line in told.getvalue().splitlines() if line.startswith("Failed")), "")
     return f": {first}; pip install 'patchsight[gpu]'" if first else ": is there an NVIDIA GPU, and its driver?"
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -14,12 +14,8 @@ def bundles(model_repository: Path) -> list[Path]:
     return sorted(p.parent for p in model_repository.glob("*/encoder.json") if not p.parent.name.startswith("."))
 
 
-def load_encoders(model_repository: Path, threads: int | None = None, device: str = "cpu") -> dict[str, OrtEncoder]:
-    """Load every bundle onto `device`, "cpu" or "cuda", in the order of their names.
-
-    Raises:
-        BundleError: there is none, one of them is damaged, or the device is not usable.
-    """
+def needed_bundles(model_repository: Path) -> list[Path]:
+    """The same. Raises BundleError if there is none."""
     found = bundles(model_repository)
     if not found:
         what = "has no encoder in it" if model_repository.is_dir() else "is not a folder"
@@ -27,4 +23,14 @@ def load_encoders(model_repository: Path, threads: int | None = None, device: st
             f"--model-repository {model_repository} {what}: name a folder with encoders, or make one with "
             "patchsight-export RUN MODEL_REPOSITORY/NAME"
         )
+    return found
+
+
+def load_encoders(model_repository: Path, threads: int | None = None, device: str = "cpu") -> dict[str, OrtEncoder]:
+    """Load every bundle into ONNX Runtime, onto `device`, "cpu" or "cuda", in the order of their names.
+
+    Raises:
+        BundleError: there is none, one of them is damaged, or the device is not usable.
+    """
+    found = needed_bundles(model_repository)
     return {bundle.name: OrtEncoder(bundle, threads, (PROVIDERS[device],)) for bundle in found}

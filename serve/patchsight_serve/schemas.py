@@ -64,6 +64,16 @@ class AttentionReply(BaseModel):
     attention: PackedArray
 
 
+class EncoderRuntime(BaseModel):
+    """What computes an encoder."""
+
+    engine: str = Field(examples=["onnxruntime", "openvino"])
+    precision: str = Field(description="what it computes in", examples=["fp32", "bf16"])
+    cosine: float | None = Field(
+        description="the least of its embeddings to ONNX Runtime's in fp32, on the pictures of a trial; null: not tried"
+    )
+
+
 class EncoderInfo(BaseModel):
     """A loaded encoder: its manifest, and what can be asked of it."""
 
@@ -71,6 +81,7 @@ class EncoderInfo(BaseModel):
     sha256: str
     default: bool = Field(description="answers requests that name no encoder")
     outputs: dict[str, list[int]] = Field(description="shape for one image, by what the query calls it")
+    runtime: EncoderRuntime
     manifest: dict[str, Any] = Field(description="encoder.json")
 
 

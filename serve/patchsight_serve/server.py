@@ -18,7 +18,8 @@ from fastapi import FastAPI
 from patchsight_serve.app import create_app
 from patchsight_serve.connection import Connection, ConnectionLimits, allow_open_files
 from patchsight_serve.encoder import Encoder, RemoteEncoder
-from patchsight_serve.repository import load_encoders
+from patchsight_serve.loader import Loader
+from patchsight_serve.repository import needed_bundles
 from patchsight_serve.service import Service
 from patchsight_serve.settings import ServeSettings
 
@@ -85,7 +86,8 @@ class Server(uvicorn.Server):
 
 def _encoders(settings: ServeSettings) -> Mapping[str, Encoder | RemoteEncoder]:
     if settings.triton is None:
-        return load_encoders(settings.model_repository, settings.threads, settings.device)
+        loader = Loader(settings)
+        return {bundle.name: loader.load(bundle) for bundle in needed_bundles(settings.model_repository)}
     from patchsight_serve.triton_discovery import find_encoders  # gRPC takes its time to load
 
     return find_encoders(settings.triton, settings.triton_start_s)
@@ -99,8 +101,9 @@ def serve(settings: ServeSettings) -> None:
         m = encoder.manifest
         (numbers,) = m.outputs[f"{m.recommended}_embedding"]
         logger.info(
-            "encoder %s: %s %s, embeddings of %d numbers, sha256 %.12s, trained on %s; license: %s",
+            "encoder %s: %s %s, embeddings of %d numbers, sha256 %.12s, trained on %s; license: %s; runs on %s in %s",
             m.name, m.objective, m.architecture, numbers, m.sha256, m.data, m.license,
+            encoder.runtime.engine, encoder.runtime.precision,
         )  # fmt: skip
     if (files := allow_open_files(settings.max_connections)) < settings.max_connections:
         logger.warning("only %d files may be open at once, fewer than max_connections", files)

@@ -30,7 +30,9 @@ class ServeSettings(CommandSettings):
     model_repository: Path = Field(
         default_factory=default_repository, description="folder with one encoder bundle per subfolder"
     )
-    state_dir: Path = Field(Path("state"), description="folder that holds the galleries")
+    state_dir: Path = Field(
+        Path("state"), description="folder that holds the galleries, and what trials of engines found"
+    )
     keep_originals: bool = Field(True, description="keep the encoded images in the galleries, for later encoders")
     sample_gallery: bool = Field(True, description="index the sample photos into a default gallery that is new")
     encoder: str | None = Field(
@@ -81,6 +83,16 @@ class ServeSettings(CommandSettings):
     device: Literal["cpu", "cuda"] = Field(
         "cpu", description="where the encoders run; cuda needs an NVIDIA GPU and pip install 'patchsight[gpu]'"
     )
+    engine: Literal["auto", "onnxruntime", "openvino"] = Field(
+        "auto",
+        description="what runs the encoders on the CPU; auto: by a short trial at the first start, where "
+        "pip install 'patchsight[openvino]' was run, else ONNX Runtime",
+    )
+    inference_precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="bf16: by OpenVINO, on processors that have it; the embeddings of an encoder that would point "
+        "elsewhere (cosine below 0.999) stay in fp32",
+    )
     threads: Positive | None = Field(None, description="threads of one inference (default: one per core)")
     decode_threads: Positive = Field(os.cpu_count() or 1, description="images decoded at the same time")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line to log")
@@ -94,6 +106,19 @@ class ServeSettings(CommandSettings):
                 f"host {self.host} is reachable from other machines and no API key is set: set PATCHSIGHT_API_KEYS, or "
                 "PATCHSIGHT_ALLOW_ANONYMOUS=1 to let anybody in"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> Self:
+        for flag, wanted in (("--engine", self.engine), ("--inference-precision", self.inference_precision)):
+            if wanted not in ("openvino", "bf16"):
+                continue
+            if self.triton is not None:
+                raise ValueError(f"{flag} {wanted} is for encoders in this process; with --triton, Triton runs them")
+            if self.device != "cpu":
+                raise ValueError(f"{flag} {wanted} is for --device cpu, not {self.device}")
+        if self.inference_precision == "bf16" and self.engine == "onnxruntime":
+            raise ValueError("--inference-precision bf16 needs OpenVINO: --engine auto or openvino")
         return self
 
     @field_validator("triton")

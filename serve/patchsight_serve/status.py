@@ -1,5 +1,6 @@
 """What the server says about itself: its encoders, whether it is well, and its metrics."""
 
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -69,5 +70,6 @@ def _info(encoder: Described, service: Service) -> dict[str, Any]:
         "sha256": manifest.sha256,
         "default": manifest.name == service.default_encoder,
         "outputs": {output: manifest.outputs[name] for output, name in available(manifest).items()},
+        "runtime": asdict(encoder.runtime),
         "manifest": manifest.model_dump(),
     }

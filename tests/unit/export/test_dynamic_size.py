@@ -25,6 +25,7 @@ from patchsight_serve.app import create_app
 from patchsight_serve.bundle_check import check
 from patchsight_serve.decode import decode
 from patchsight_serve.manifest import Transform, load_manifest
+from patchsight_serve.openvino_encoder import OpenvinoEncoder
 from patchsight_serve.ort_encoder import OrtEncoder
 from patchsight_serve.settings import ServeSettings
 from patchsight_serve.trial_pictures import noise
@@ -108,6 +109,12 @@ def any_size(request: pytest.FixtureRequest, run: Path, tmp_path_factory: pytest
     return target
 
 
+def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    for name, value in found.items():
+        limit = 1e-5 * np.abs(expected[name]).max()
+        np.testing.assert_allclose(value, expected[name], rtol=0, atol=limit, err_msg=name)
+
+
 def test_through_the_command(any_size: Path, run: Path, bundle: Path) -> None:
     manifest, module = load_manifest(any_size), served(read_run(run).encoder)
     assert manifest.dynamic_size
@@ -116,10 +123,11 @@ def test_through_the_command(any_size: Path, run: Path, bundle: Path) -> None:
     for height, width in ((16, 16), (4, 4), (32, 32), (12, 40)):
         assert max(differences(module, model, height, width)) < 1e-5
     encoder = OrtEncoder(any_size, threads=1)
-    images = noise(16, 3)
-    fixed = OrtEncoder(bundle, threads=1).run(images, list(manifest.outputs))
-    for name, value in encoder.run(images, list(manifest.outputs)).items():
-        np.testing.assert_allclose(value, fixed[name], rtol=0, atol=1e-5 * np.abs(fixed[name]).max(), err_msg=name)
+    images, names = noise(16, 3), list(manifest.outputs)
+    assert_close(encoder.run(images, names), OrtEncoder(bundle, threads=1).run(images, names))
+    other = OpenvinoEncoder(any_size, threads=1)
+    for images in (noise(16, 3), noise(4, 1), noise(32, 2), noise(12, 1, 40)):
+        assert_close(other.run(images, names), encoder.run(images, names))
     assert encoder.run(noise(24, 1, 8), ["attention"])["attention"].shape == (1, 2, 6, 2)
     assert check(any_size)[-1] == "takes any size, tried on 8 × 8, 24 × 24, 28 × 8: finite"
     assert "dims: [-1, -1, 3]" in config_pbtxt(manifest)

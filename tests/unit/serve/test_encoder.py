@@ -1,4 +1,5 @@
-"""What every engine must do: the same tests for the fake, and for ONNX Runtime on the tiny bundles."""
+"""What every engine must do: the same tests for the fake, and for ONNX Runtime and OpenVINO on the tiny
+bundles."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,15 +9,18 @@ import pytest
 
 from patchsight_serve.encoder import Encoder, default_name
 from patchsight_serve.fake_encoder import FakeEncoder
+from patchsight_serve.openvino_encoder import OpenvinoEncoder
 from patchsight_serve.ort_encoder import OrtEncoder
 
 VITS: dict[str, Callable[[Path], Encoder]] = {
     "fake": lambda _: FakeEncoder(),
     "onnxruntime": lambda bundle: OrtEncoder(bundle, threads=1),
+    "openvino": lambda bundle: OpenvinoEncoder(bundle, threads=1),
 }
 RESNETS: dict[str, Callable[[Path], Encoder]] = {
     "fake ResNet": lambda _: FakeEncoder(patch_size=None),
     "ResNet on onnxruntime": lambda bundle: OrtEncoder(bundle, threads=1),
+    "ResNet on openvino": lambda bundle: OpenvinoEncoder(bundle, threads=1),
 }
 
 

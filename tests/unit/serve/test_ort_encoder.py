@@ -91,7 +91,7 @@ def test_a_graph_without_a_promised_output_is_refused(make_bundle: Callable[...,
 
 
 def test_a_graph_of_another_input_size_is_refused(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"not uint8 \[N, 32, 32, 3\]"):
+    with pytest.raises(BundleError, match=r"not image: uint8 \[N, 32, 32, 3\]"):
         OrtEncoder(make_bundle(tmp_path / "tiny", transform={"resize": 32, "crop": 32}))
 
 
@@ -133,7 +133,7 @@ def test_younger_fields_leave_older_bundles_as_they_are(manifest: Manifest) -> N
 
 
 def test_a_graph_of_one_size_is_not_one_of_any_size(tmp_path: Path, make_bundle: Callable[..., Path]) -> None:
-    with pytest.raises(BundleError, match=r"not uint8 \[N, H, W, 3\]"):
+    with pytest.raises(BundleError, match=r"not image: uint8 \[N, H, W, 3\]"):
         OrtEncoder(make_bundle(tmp_path / "x", dynamic_size=True), threads=1)
 
 

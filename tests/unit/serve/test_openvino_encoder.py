@@ -1,0 +1,137 @@
+"""OpenVINO against ONNX Runtime on the tiny bundles, and what must be refused."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from patchsight_serve import openvino_encoder
+from patchsight_serve.errors import BundleError
+from patchsight_serve.manifest import sha256_of
+from patchsight_serve.openvino_encoder import OpenvinoEncoder
+from patchsight_serve.ort_encoder import OrtEncoder
+from patchsight_serve.trial_pictures import noise
+
+
+def rewrite(bundle: Path, change: Callable[[onnx.ModelProto], object]) -> Path:
+    """Change the graph, and correct encoder.json's sha256, so that only the graph itself can be blamed."""
+    path = bundle / "1" / "model.onnx"
+    model = onnx.load(path)
+    change(model)
+    path.write_bytes(model.SerializeToString())
+    told = json.loads((bundle / "encoder.json").read_text())
+    (bundle / "encoder.json").write_text(json.dumps(told | {"sha256": sha256_of(path)}))
+    return bundle
+
+
+@pytest.fixture
+def any_size(make_bundle: Callable[..., Path], tmp_path: Path) -> Path:
+    """A mean of cells, of pictures of any size."""
+
+    def open_axes(model: onnx.ModelProto) -> None:
+        dims = model.graph.input[0].type.tensor_type.shape.dim
+        dims[1].dim_param, dims[2].dim_param = "H", "W"
+
+    bundle = make_bundle(
+        tmp_path / "any", patch_size=None, num_heads=None, prefix_tokens=0, recommended="mean", dynamic_size=True
+    )
+    return rewrite(bundle, open_axes)
+
+
+def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert found[name].dtype == np.float32
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-6 * np.abs(value).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("threads", [1, None])
+def test_every_output_is_that_of_onnx_runtime(tiny_bundle: Path, threads: int | None) -> None:
+    reference, encoder = OrtEncoder(tiny_bundle, 1), OpenvinoEncoder(tiny_bundle, threads)
+    for batch in (1, 3, 8, 1):  # smaller again: memory of the larger batch must not be read
+        images = noise(16, batch)
+        for names in (list(encoder.manifest.outputs), ["attention"], ["patch_tokens", "cls_embedding"]):
+            assert_same(encoder.run(images, names), reference.run(images, names))
+
+
+def test_pictures_of_any_size(any_size: Path) -> None:
+    reference, encoder = OrtEncoder(any_size, 1), OpenvinoEncoder(any_size, 1)
+    for height, width, batch in ((32, 32, 1), (48, 36, 3), (16, 64, 2), (32, 32, 5)):
+        images = noise(height, batch, width)
+        assert_same(encoder.run(images, ["mean_embedding"]), reference.run(images, ["mean_embedding"]))
+
+
+def test_results_outlive_the_next_run(tiny_bundle: Path) -> None:
+    encoder, images = OpenvinoEncoder(tiny_bundle, 1), noise(16, 2)
+    first = encoder.run(images, ["patch_tokens"])["patch_tokens"]
+    kept = first.copy()
+    encoder.run(255 - images, ["patch_tokens"])
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_rows_of_a_larger_array_are_read_as_they_stand(tiny_bundle: Path) -> None:
+    """Not every array is contiguous, and OpenVINO takes the memory as it is."""
+    encoder, images = OpenvinoEncoder(tiny_bundle, 1), noise(16, 6)
+    found = encoder.run(images[::2], ["cls_embedding"])
+    assert_same(found, encoder.run(np.ascontiguousarray(images[::2]), ["cls_embedding"]))
+
+
+def test_fp32_is_what_it_computes_in_unless_asked(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself OpenVINO takes bf16 where the processor has it; where it has AVX512 alone, that emulates it."""
+    images = noise(16, 4)
+    expected = OrtEncoder(tiny_bundle, 1).run(images, ["patch_tokens"])["patch_tokens"]
+    monkeypatch.setattr(openvino_encoder, "capabilities", lambda _: ["FP32", "BF16"])
+    errors = {}
+    for precision in ("fp32", "bf16"):
+        encoder = OpenvinoEncoder(tiny_bundle, 1, precision)  # type: ignore[arg-type]
+        assert (encoder.runtime.engine, encoder.runtime.precision) == ("openvino", precision)
+        errors[precision] = np.abs(encoder.run(images, ["patch_tokens"])["patch_tokens"] - expected).max()
+    assert errors["fp32"] < 1e-6 * np.abs(expected).max()
+    assert errors["bf16"] < 2e-2 * np.abs(expected).max()
+    if "avx512" in Path("/proc/cpuinfo").read_text():
+        assert errors["bf16"] > 1e-4 * np.abs(expected).max()
+
+
+def test_bf16_where_the_processor_has_none_is_refused(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino_encoder, "capabilities", lambda _: ["FP32", "INT8"])
+    with pytest.raises(BundleError, match="tiny: this processor computes nothing in bf16.*--inference-precision"):
+        OpenvinoEncoder(tiny_bundle, 1, "bf16")
+
+
+def test_without_the_extra_the_error_names_it(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(BundleError, match=r"pip install 'patchsight\[openvino\]'"):
+        OpenvinoEncoder(tiny_bundle)
+
+
+def test_a_graph_that_says_something_else_is_refused(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "tiny")
+    told = json.loads((bundle / "encoder.json").read_text())
+    (bundle / "encoder.json").write_text(json.dumps(told | {"license": "mine"}))
+    with pytest.raises(BundleError, match="license = 'mine', the ONNX file says 'CC0-1.0'"):
+        OpenvinoEncoder(bundle)
+    with pytest.raises(BundleError, match="no metadata 'patchsight'"):
+        OpenvinoEncoder(rewrite(make_bundle(tmp_path / "mute"), lambda model: model.ClearField("metadata_props")))
+
+
+def test_a_graph_of_another_shape_is_refused(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    def drop(model: onnx.ModelProto) -> None:
+        del model.graph.output[2]
+
+    with pytest.raises(BundleError, match="output 'attention' is None"):
+        OpenvinoEncoder(rewrite(make_bundle(tmp_path / "short"), drop))
+    with pytest.raises(BundleError, match=r"image: uint8 \[\?, 16, 16, 3\], not image: uint8 \[N, 32, 32, 3\]"):
+        OpenvinoEncoder(make_bundle(tmp_path / "small", transform={"resize": 32, "crop": 32}))
+
+
+def test_a_graph_that_openvino_cannot_read_is_refused(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    def strange(model: onnx.ModelProto) -> None:
+        model.graph.node[1].op_type, model.graph.node[1].domain = "Unheard", "of.nobody"
+        model.opset_import.append(onnx.helper.make_opsetid("of.nobody", 1))
+
+    with pytest.raises(BundleError, match="strange: OpenVINO cannot load"):
+        OpenvinoEncoder(rewrite(make_bundle(tmp_path / "strange"), strange))
