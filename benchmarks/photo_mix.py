@@ -38,3 +38,10 @@ def resized(data: bytes, megapixels: float) -> bytes:
     file = io.BytesIO()
     picture.resize(size, Image.Resampling.LANCZOS).save(file, "JPEG", quality=90)
     return file.getvalue()
+
+
+def distinct(count: int) -> list[bytes]:
+    """So many files of which no two are equal, by what stands behind the picture's end and no decoder reads: a server
+    that computes equal files once gains nothing by them."""
+    made = photos()
+    return [made[i % len(made)] + i.to_bytes(4, "big") for i in range(count)]

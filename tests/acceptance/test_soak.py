@@ -11,10 +11,9 @@ import photo_mix
 import process_tree
 import pytest
 from load_generator import closed_loop, http_request, open_loop, poisson
+from measure import ROOT
 from pinned_server import running
 from triton_process import free_port
-
-from patchsight_serve.manifest import default_repository
 
 MINUTES = float(os.environ.get("PATCHSIGHT_SOAK_MINUTES", "30"))
 PIECE_S = 30.0
@@ -26,7 +25,7 @@ def test_half_an_hour_at_80_percent_load(tmp_path: Path) -> None:
     port = free_port()
     command = [
         sys.executable, "-m", "patchsight_serve", "--port", str(port), "--threads", "1", "--no-sample-gallery",
-        "--model-repository", str(default_repository()), "--state-dir", str(tmp_path / "state"),
+        "--model-repository", str(ROOT / "model_repository"), "--state-dir", str(tmp_path / "state"),
         "--log-level", "warning",
     ]  # fmt: skip
     url, headers = f"http://127.0.0.1:{port}", {"Content-Type": "image/jpeg", "Accept": "application/octet-stream"}
