@@ -16,7 +16,7 @@ from patchsight_serve import __version__, embeddings, galleries, neighbors, open
 from patchsight_serve.auth import BearerAuth
 from patchsight_serve.batcher import Batcher
 from patchsight_serve.bodies import BodyLimits
-from patchsight_serve.collection import Galleries
+from patchsight_serve.collection import Galleries, NoGalleries
 from patchsight_serve.decode import Limits
 from patchsight_serve.encoder import Described, Encoder, RemoteEncoder
 from patchsight_serve.engine import Engine
@@ -64,7 +64,11 @@ def create_app(encoders: Mapping[str, Encoder | RemoteEncoder], settings: ServeS
         },
     )
     app.state.service = service
-    app.state.galleries = Galleries(settings.state_dir / "galleries", settings.keep_originals)
+    app.state.galleries = (
+        Galleries(settings.state_dir / "galleries", settings.keep_originals)
+        if settings.processes == 1
+        else NoGalleries(settings.processes)
+    )
     app.include_router(embeddings.router())
     app.include_router(galleries.router())
     app.include_router(neighbors.router())
@@ -120,7 +124,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         except NotReady as error:
             logger.error("not ready at start: %s", error)
         stack.callback(app.state.galleries.close)
-        if service.settings.sample_gallery:
+        if service.settings.sample_gallery and service.settings.processes == 1:
             await stack.enter_async_context(sampling(service, app.state.galleries))
         yield
         service.draining = True

@@ -45,3 +45,19 @@ class Galleries:
         with self._opening:
             while self._open:
                 self._open.popitem()[1].close()
+
+
+class NoGalleries(Galleries):
+    """Of a server of several processes: a gallery is in the memory of one, and the others would give wrong answers."""
+
+    def __init__(self, processes: int) -> None:
+        super().__init__(Path())
+        self._processes = processes
+
+    def get(self, name: str, create: bool = False) -> Gallery:  # noqa: ARG002
+        """Raises NotFound."""
+        raise NotFound(
+            f"gallery {name!r}: there are no galleries on a server of {self._processes} processes; start it with "
+            "--processes 1",
+            param="gallery",
+        )

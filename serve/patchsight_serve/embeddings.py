@@ -17,6 +17,7 @@ from patchsight_serve.encoder import Pixels, Values
 from patchsight_serve.errors import InvalidRequest, PatchsightError
 from patchsight_serve.heatmap import keep_mass, overlay, shown_crop
 from patchsight_serve.manifest import Manifest, Transform
+from patchsight_serve.plain_route import PlainRoute
 from patchsight_serve.replies import (
     JSON,
     NPY,
@@ -60,7 +61,7 @@ FittedQuery = Annotated[
 
 def router() -> APIRouter:
     """The two routes."""
-    routes = APIRouter(tags=["images"])
+    routes = APIRouter(tags=["images"], route_class=PlainRoute)
     routes.post(
         "/embed",
         summary="Embed images",

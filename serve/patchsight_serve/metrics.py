@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
+from patchsight_serve.shared_metrics import SharedMetrics
+
 # Seconds, geometric: 0.1 ms to 13 s, each twice the one before.
 SECONDS = tuple(0.0001 * 2**i for i in range(18))
 BATCH_SIZES = tuple(float(2**i) for i in range(11))
@@ -16,6 +18,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
+        self.sisters: SharedMetrics | None = None  # set where this is one of several processes
 
         def seconds(name: str, text: str) -> Histogram:
             return Histogram(f"patchsight_{name}_seconds", text, registry=registry, buckets=SECONDS)
@@ -59,5 +62,5 @@ class Metrics:
         self.queued.labels(encoder).set_function(depth)
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text format."""
-        return generate_latest(self.registry)
+        """All of it, of all processes, in Prometheus' text format."""
+        return generate_latest(self.registry) if self.sisters is None else self.sisters.text()

@@ -6,8 +6,9 @@ It also leaves by itself, with status 70, once an encoder hangs: whoever supervi
 import logging
 import os
 import signal
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import FrameType
 from typing import cast
@@ -96,6 +97,20 @@ def _encoders(settings: ServeSettings) -> Mapping[str, Encoder | RemoteEncoder]:
 def serve(settings: ServeSettings) -> None:
     """Serve until told to stop. Raises BundleError if an encoder cannot be loaded, or no Triton answers."""
     logger.info("settings\n%s", settings.describe())
+    if settings.processes == 1:
+        run(settings)
+    else:
+        from patchsight_serve.processes import supervise  # which needs this module
+
+        supervise(settings)
+
+
+def run(
+    settings: ServeSettings,
+    make: Callable[[FastAPI, ServeSettings], Server] = Server,
+    sockets: list[socket.socket] | None = None,
+) -> None:
+    """Serve in this process, on `sockets` where they are bound already. Raises as `serve` does."""
     encoders = _encoders(settings)
     for encoder in encoders.values():
         m = encoder.manifest
@@ -107,8 +122,8 @@ def serve(settings: ServeSettings) -> None:
         )  # fmt: skip
     if (files := allow_open_files(settings.max_connections)) < settings.max_connections:
         logger.warning("only %d files may be open at once, fewer than max_connections", files)
-    server = Server(create_app(encoders, settings), settings)
-    server.run()
+    server = make(create_app(encoders, settings), settings)
+    server.run(sockets)
     if server.hung:
         logging.shutdown()
         os._exit(HUNG)  # a usual end would wait for the thread that hangs, or pull memory away from under it

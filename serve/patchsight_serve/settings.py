@@ -26,6 +26,11 @@ class ServeSettings(CommandSettings):
     table: ClassVar[str] = "serve"
 
     host: str = Field("127.0.0.1", description="address to listen on; beyond loopback, API keys are needed")
+    processes: Positive = Field(
+        1,
+        description="processes that listen on the port, each with its own copy of the encoders unless Triton has them, "
+        "and with its own limits; more than 1 serve no galleries",
+    )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     model_repository: Path = Field(
         default_factory=default_repository, description="folder with one encoder bundle per subfolder"
