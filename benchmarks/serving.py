@@ -41,18 +41,20 @@ OVERLOADS = (2, 10)  # times saturation
 
 @dataclass(frozen=True)
 class Plan:
-    """Seconds of each part, for each server in each round. shares: of saturation, that are offered."""
+    """Seconds of each part, for each server in each round. own: shares of its saturation that are offered. common: of
+    patchsight's."""
 
     rounds: int
     connections: tuple[int, ...]
-    shares: tuple[float, ...]
+    own: tuple[float, ...]
+    common: tuple[float, ...]
     closed_s: float
     open_s: float
     overload_s: float
 
 
-FULL = Plan(rounds=2, connections=(1, 8, 32), shares=(0.5, 0.8), closed_s=3.5, open_s=8.0, overload_s=5.0)
-QUICK = Plan(rounds=1, connections=(1, 16), shares=(0.8,), closed_s=2.0, open_s=3.0, overload_s=2.0)
+FULL = Plan(2, (1, 8, 32), own=(0.5, 0.8), common=(0.8, 0.95, 1.1), closed_s=3.5, open_s=6.5, overload_s=4.0)
+QUICK = Plan(1, (1, 16), own=(0.8,), common=(0.8,), closed_s=2.0, open_s=3.0, overload_s=2.0)
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,9 @@ def visit(target: Target, plan: Plan, record: Record, ours: Record | None, seed:
     target.saturate(4, 1.5)  # warms up
     for connections in plan.connections:
         record.closed.setdefault(connections, []).append(target.saturate(connections, plan.closed_s))
-    loads = {f"{share:.0%} of its own": share * record.first_peak for share in plan.shares}
-    if ours is not None and ours is not record:
-        loads |= {f"{share:.0%} of patchsight's": share * ours.first_peak for share in plan.shares}
+    loads = {f"{share:.0%} of its own": share * record.first_peak for share in plan.own}
+    if ours is not None:
+        loads |= {f"{share:.0%} of patchsight's": share * ours.first_peak for share in plan.common}
     for name, rate in loads.items():
         target.settle()
         record.open.setdefault(name, []).append(target.offer(rate, plan.open_s, seed))
