@@ -16,6 +16,7 @@ from peer_environment import FOLDER, python_of
 from triton_process import free_port
 
 APPS = ROOT / "benchmarks" / "peers"
+BF16 = ("--engine", "openvino", "--inference-precision", "bf16")
 BOUNDARY = "a-boundary-that-no-photo-has"
 
 
@@ -132,7 +133,9 @@ def _infer(photo: bytes) -> bytes:
 
 
 CONTENDERS = {
-    "ours": Contender("patchsight", _ours(), _raw("/embed")),
+    "ours": Contender("patchsight", _ours("--engine", "onnxruntime"), _raw("/embed")),
+    "openvino": Contender("patchsight, OpenVINO", _ours("--engine", "openvino"), _raw("/embed")),
+    "bf16": Contender("patchsight, OpenVINO bf16", _ours(*BF16), _raw("/embed")),
     "fastapi": Contender("FastAPI", _fastapi, _raw("/embed")),
     "litserve": Contender("LitServe", _litserve, form_request("photo")),
     "bentoml": Contender("BentoML", _bentoml, form_request("photos")),

@@ -16,7 +16,7 @@ from measure import ROOT
 
 from patchsight_serve.app import create_app
 from patchsight_serve.decode import decode
-from patchsight_serve.encoder import Pixels, Values
+from patchsight_serve.encoder import Pixels, Runtime, Values
 from patchsight_serve.manifest import load_manifest
 from patchsight_serve.server import Server
 from patchsight_serve.settings import ServeSettings
@@ -29,6 +29,7 @@ class NullEncoder:
     """Zeros at once."""
 
     manifest = MANIFEST
+    runtime = Runtime("fake", "fp32")
 
     def run(self, images: Pixels, outputs: Sequence[str]) -> dict[str, Values]:
         """As in `Encoder`."""

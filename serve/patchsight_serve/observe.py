@@ -55,12 +55,12 @@ class Observe:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = request_id
+                added = [(b"x-request-id", request_id.encode())]
                 if any(vars(timing).values()):
-                    headers["Server-Timing"] = timing.server_timing()
+                    added.append((b"server-timing", timing.server_timing().encode()))
+                message["headers"] = [*message["headers"], *added]
                 if self.leaving():
-                    headers["Connection"] = "close"
+                    MutableHeaders(scope=message)["Connection"] = "close"
             await send(message)
 
         try:

@@ -3,7 +3,8 @@
 import base64
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,8 @@ SHOWN = {
 }
 
 
-def negotiate(accept: str | None, offered: Sequence[str]) -> str:
+@lru_cache(256)  # clients say the same again and again
+def negotiate(accept: str | None, offered: tuple[str, ...]) -> str:
     """The offered media type that the Accept header likes best; the first of them where it does not mind.
 
     Raises InvalidRequest if it accepts none.
