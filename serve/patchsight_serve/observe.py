@@ -13,14 +13,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from patchsight_serve.errors import PatchsightError
 from patchsight_serve.logs import log_request
 from patchsight_serve.metrics import Metrics
-from patchsight_serve.replies import NO_SNIFFING, error_reply
+from patchsight_serve.replies import error_reply
 from patchsight_serve.timing import Timing
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # On replies that say nothing else: nobody guesses a type, and no page of elsewhere shows them as pictures or scripts.
-DEFAULT_HEADERS = NO_SNIFFING | {"Cross-Origin-Resource-Policy": "same-origin"}
+DEFAULT_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"cross-origin-resource-policy", b"same-origin"))
 CLIENT_GONE = 499  # as nginx writes it; never sent
 
 
@@ -60,8 +60,8 @@ class Observe:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
-                for name, value in DEFAULT_HEADERS.items():
-                    headers.setdefault(name, value)
+                names = {name for name, _ in headers.raw}
+                headers.raw.extend(header for header in DEFAULT_HEADERS if header[0] not in names)
                 if any(vars(timing).values()):
                     headers["Server-Timing"] = timing.server_timing()
                 if self.leaving():
