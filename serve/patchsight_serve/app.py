@@ -10,9 +10,10 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from patchsight_serve import __version__, embeddings, galleries, neighbors, openai_api, page, status
+from patchsight_serve import __version__, embeddings, galleries, neighbors, openai_api, origin, page, status
 from patchsight_serve.auth import BearerAuth
 from patchsight_serve.batcher import Batcher
 from patchsight_serve.bodies import BodyLimits
@@ -23,11 +24,11 @@ from patchsight_serve.engine import Engine
 from patchsight_serve.errors import BundleError, InvalidRequest, NotReady, PatchsightError
 from patchsight_serve.metrics import Metrics
 from patchsight_serve.observe import Observe
-from patchsight_serve.replies import error_reply, json_reply
+from patchsight_serve.replies import ErrorResponse, error_reply
 from patchsight_serve.sample_gallery import sampling
 from patchsight_serve.schemas import ErrorReply
 from patchsight_serve.service import Service
-from patchsight_serve.settings import ServeSettings
+from patchsight_serve.settings import ServeSettings, is_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ def create_app(encoders: Mapping[str, Encoder | RemoteEncoder], settings: ServeS
         lifespan=_lifespan,
         middleware=[
             Middleware(Observe, metrics=service.metrics, leaving=lambda: service.draining),
+            *_middleware_for_pages(settings),
             Middleware(BearerAuth, keys=settings.keys),
         ],
         responses={"4XX": {"model": ErrorReply, "description": "The request cannot be answered."}},
@@ -78,6 +80,24 @@ def create_app(encoders: Mapping[str, Encoder | RemoteEncoder], settings: ServeS
     app.mount("/static", page.PageFiles(), name="static")
     _document_key(app)
     return app
+
+
+def _middleware_for_pages(settings: ServeSettings) -> list[Middleware]:
+    """Before keys are asked for: a browser asks what it may send without one."""
+    layers = []
+    if settings.origins:
+        layers.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=settings.origins,
+                allow_methods=origin.METHODS,
+                allow_headers=origin.SENT,
+                expose_headers=origin.READ,
+            )
+        )
+    if not settings.keys:
+        layers.append(Middleware(origin.OwnPages, origins=settings.origins, loopback=is_loopback(settings.host)))
+    return layers
 
 
 def _service(encoders: Mapping[str, Encoder | RemoteEncoder], settings: ServeSettings) -> Service:
@@ -149,7 +169,7 @@ async def _on_http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     body = {"code": code, "message": str(error.detail), "param": None}
-    return json_reply({"error": body}, error.status_code, error.headers)
+    return ErrorResponse(body, error.status_code, error.headers)
 
 
 def _document_key(app: FastAPI) -> None:

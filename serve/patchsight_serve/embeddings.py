@@ -101,6 +101,7 @@ async def embed(
     if media_type in (NPY, RAW) and len(wanted) > 1:
         raise InvalidRequest(f"{media_type} holds one output, {len(wanted)} were asked for; {NPZ} holds all", "outputs")
     images = await read_images(request, service.body_limits)
+    request.state.timing.images = len(images)
     async with while_connected(request):
         results = await service.embed_images(
             images,
@@ -113,10 +114,11 @@ async def embed(
     failures = {i: _located(r, i) for i, r in enumerate(results) if isinstance(r, PatchsightError)}
     if failures and (len(results) == 1 or media_type != JSON):
         raise next(iter(failures.values()))
-    arrays = _stack([r for r in results if not isinstance(r, PatchsightError)], wanted, normalize)
-    if media_type != JSON:
-        return array_reply(arrays, media_type, manifest)
-    return json_reply({"encoder": identity(manifest), "results": _entries(len(results), failures, arrays)})
+    with request.state.timing.encoding(service.metrics.encode.observe):
+        arrays = _stack([r for r in results if not isinstance(r, PatchsightError)], wanted, normalize)
+        if media_type != JSON:
+            return array_reply(arrays, media_type, manifest)
+        return json_reply({"encoder": identity(manifest), "results": _entries(len(results), failures, arrays)})
 
 
 async def attention(
@@ -141,6 +143,7 @@ async def attention(
     grid = transform.crop // manifest.size_step
     media_type = negotiate(request.headers.get("accept"), (PNG, JSON, NPY, RAW))
     images = await read_images(request, replace(service.body_limits, max_images=1))
+    request.state.timing.images = len(images)
 
     def prepare(data: bytes) -> tuple[Pixels, Pixels | None]:
         picture = open_rgb(data, service.limits, transform.scaled_side)

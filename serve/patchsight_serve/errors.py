@@ -3,6 +3,7 @@
     PatchsightError                    500 internal
     ├── InvalidRequest                 400 malformed or out of range
     ├── Unauthorized                   401
+    ├── Forbidden                      403 a page of another origin
     ├── NotFound                       404 unknown encoder, gallery or id
     ├── RequestTimeout                 408 a head that does not come to its end
     ├── Conflict                       409 other bytes, or another encoder, under the same name
@@ -39,6 +40,10 @@ class InvalidRequest(PatchsightError):
 
 class Unauthorized(PatchsightError):
     status, code = 401, "unauthorized"
+
+
+class Forbidden(PatchsightError):
+    status, code = 403, "forbidden"
 
 
 class NotFound(PatchsightError):

@@ -99,6 +99,7 @@ async def add(
     service: Service = request.app.state.service
     galleries: Galleries = request.app.state.galleries
     uploads = await _uploads(request, service, {"id": id, "label": label, "metadata": metadata})
+    request.state.timing.images = len(uploads)
     gallery = await asyncio.to_thread(galleries.get, gallery_name, True)
     identity = encoder_of(service, gallery, encoder)
     results = await index_images(service, gallery, identity, uploads, replace, timing=request.state.timing)

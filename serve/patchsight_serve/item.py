@@ -11,6 +11,7 @@ from patchsight_serve.errors import InvalidRequest, NotFound
 
 MAX_LABEL = 256  # characters
 MAX_METADATA = 16 * 1024  # bytes as JSON
+MAX_DEPTH = 32  # of objects and lists in metadata: what cannot be written inside of a reply must not get in
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _GALLERY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # a folder's name: never hidden, never `..`
 
@@ -105,7 +106,10 @@ def check_label(label: str | None) -> str | None:
 
 
 def encode_metadata(metadata: Any) -> str:
-    """Metadata as JSON text. Raises InvalidRequest where it is no JSON object, or more than `MAX_METADATA` bytes."""
+    """Metadata as JSON text.
+
+    Raises InvalidRequest where it is no JSON object, more than `MAX_METADATA` bytes, or nested deeper than `MAX_DEPTH`.
+    """
     if not isinstance(metadata, dict):
         raise InvalidRequest(f"metadata {_short(metadata)} is not a JSON object", param="metadata")
     try:
@@ -114,6 +118,8 @@ def encode_metadata(metadata: Any) -> str:
         raise InvalidRequest(f"metadata cannot be written as JSON: {error}", param="metadata") from None
     if len(text) > MAX_METADATA:
         raise InvalidRequest(f"metadata has {len(text):,} bytes, the limit is {MAX_METADATA:,}", param="metadata")
+    if _depth(metadata) > MAX_DEPTH:
+        raise InvalidRequest(f"metadata is nested more than {MAX_DEPTH} deep", param="metadata")
     return text.decode()
 
 
@@ -126,6 +132,12 @@ def parse_metadata(text: str | bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidRequest(f"metadata {_short(value)} is not a JSON object", param="metadata")
     return value
+
+
+def _depth(value: Any) -> int:
+    """Objects and lists around the innermost value."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(_depth, inner), default=0)
 
 
 def _encodable(text: str) -> bool:

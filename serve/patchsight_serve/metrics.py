@@ -43,13 +43,14 @@ class Metrics:
             registry=registry,
         )  # fmt: skip
         self.refused = Counter(
-            "patchsight_rejected_requests", "Requests and connections turned away, by the code of their error.",
+            "patchsight_rejected_requests", "Requests and connections answered with an error, by its code.",
             ("reason",), registry=registry,
         )  # fmt: skip
         self.connections = Gauge("patchsight_connections", "Open connections.", registry=registry)
         self.decode = seconds("decode", "Decoding all images of a request.")
         self.queue = seconds("queue", "From the queue's end to the first batch of a request.")
         self.infer = seconds("infer", "From the first batch of a request to the end of its last.")
+        self.encode = seconds("encode", "Writing the reply.")
         self.batch_size = Histogram(
             "patchsight_batch_size", "Images in a batch.", ("encoder",), registry=registry, buckets=BATCH_SIZES
         )

@@ -92,6 +92,7 @@ async def of_uploaded(
         return await _reply(gallery, query, wanted, ids, gallery.encoder)
     identity = encoder_of(service, gallery, encoder)
     images = await read_images(request, replace(service.body_limits, max_images=1))
+    request.state.timing.images = len(images)
     async with while_connected(request):
         (result,) = await service.embed_images(images, identity.name, ("embedding",), request.state.timing)
     if isinstance(result, PatchsightError):

@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from patchsight_serve.errors import PatchsightError
+from patchsight_serve.logs import log_request
 from patchsight_serve.metrics import Metrics
 from patchsight_serve.replies import error_reply
 from patchsight_serve.timing import Timing
@@ -18,6 +19,8 @@ from patchsight_serve.timing import Timing
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+# On replies that say nothing else: nobody guesses a type, and no page of elsewhere shows them as pictures or scripts.
+DEFAULT_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"cross-origin-resource-policy", b"same-origin"))
 CLIENT_GONE = 499  # as nginx writes it; never sent
 
 
@@ -55,7 +58,9 @@ class Observe:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                added = [(b"x-request-id", request_id.encode())]
+                names = {name for name, _ in message["headers"]}
+                added = [header for header in DEFAULT_HEADERS if header[0] not in names]
+                added.append((b"x-request-id", request_id.encode()))
                 if any(vars(timing).values()):
                     added.append((b"server-timing", timing.server_timing().encode()))
                 message["headers"] = [*message["headers"], *added]
@@ -68,7 +73,7 @@ class Observe:
         except ClientDisconnect:
             status = CLIENT_GONE
         except Exception:
-            logger.exception("request %s failed: %s %s", request_id, scope["method"], scope["path"])
+            logger.exception("request %s failed: %s %s", request_id, scope["method"], _as_it_came(scope))
             if status:  # the reply has begun: the connection must break, so that nobody takes it for complete
                 raise
             await error_reply(PatchsightError("internal error"))(scope, receive, observed)
@@ -76,6 +81,16 @@ class Observe:
             # An unknown path has no route, and is no label: anybody can invent new ones.
             route = getattr(scope.get("route"), "path", "unknown")
             method = scope["method"] if route != "unknown" else "any"
+            seconds, error = time.perf_counter() - start, scope["state"].get("error")
             self.metrics.requests.labels(method, route, str(status or CLIENT_GONE)).inc()
-            self.metrics.duration.labels(route).observe(time.perf_counter() - start)
+            self.metrics.duration.labels(route).observe(seconds)
+            if error:
+                self.metrics.refused.labels(error).inc()
+            log_request(method, route, status or CLIENT_GONE, seconds, timing.images, request_id, error)
         return None
+
+
+def _as_it_came(scope: Scope) -> str:
+    """The path with its percent signs: what they stand for may be the end of a line, and the begin of a forged one."""
+    raw: bytes = scope.get("raw_path") or scope["path"].encode()
+    return raw.decode("ascii", "backslashreplace")

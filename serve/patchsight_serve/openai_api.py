@@ -116,6 +116,7 @@ async def embeddings(request: Request) -> Response:
         raise UnsupportedImage(f"the body must be {JSON}, not {media_type(request)!r}", "Content-Type")
     asked = _asked(parse_json(await read_body(request, service.body_limits)), service, service.body_limits)
     name = asked.encoder.manifest.name
+    request.state.timing.images = len(asked.images)
     async with while_connected(request):
         results = await service.embed_images(asked.images, name, ("embedding",), request.state.timing)
     vectors: list[Values] = []
@@ -124,15 +125,16 @@ async def embeddings(request: Request) -> Response:
             result.param = "input" if asked.alone else f"input[{i}]"
             raise result
         vectors.append(result["embedding"])
-    data = [
-        {"object": "embedding", "index": i, "embedding": _packed(vector) if asked.as_base64 else vector}
-        for i, vector in enumerate(to_unit_length(np.stack(vectors)))
-    ]
-    usage = {"prompt_tokens": len(data), "total_tokens": len(data)}
-    return json_reply(
-        {"object": "list", "data": data, "model": name, "usage": usage},
-        headers={"X-Encoder": name, "X-Encoder-Sha256": asked.encoder.manifest.sha256},
-    )
+    with request.state.timing.encoding(service.metrics.encode.observe):
+        data = [
+            {"object": "embedding", "index": i, "embedding": _packed(vector) if asked.as_base64 else vector}
+            for i, vector in enumerate(to_unit_length(np.stack(vectors)))
+        ]
+        usage = {"prompt_tokens": len(data), "total_tokens": len(data)}
+        return json_reply(
+            {"object": "list", "data": data, "model": name, "usage": usage},
+            headers={"X-Encoder": name, "X-Encoder-Sha256": asked.encoder.manifest.sha256},
+        )
 
 
 async def models(request: Request) -> Response:

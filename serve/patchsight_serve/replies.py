@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import orjson
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from patchsight_serve.encoder import Values
 from patchsight_serve.errors import InvalidRequest, Overloaded, PatchsightError
@@ -18,6 +19,8 @@ from patchsight_serve.manifest import Manifest
 JSON, NPY, NPZ, RAW, PNG = (
     "application/json", "application/x-npy", "application/x-npz", "application/octet-stream", "image/png",
 )  # fmt: skip
+
+NO_SNIFFING = {"X-Content-Type-Options": "nosniff"}
 
 # What browsers show, by how it begins.
 SHOWN = {
@@ -105,7 +108,7 @@ def array_reply(arrays: Mapping[str, Values], media_type: str, manifest: Manifes
 
 def image_reply(data: bytes) -> Response:
     """A stranger's image, as something that a browser shows as an image or not at all."""
-    headers = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'; sandbox"}
+    headers = NO_SNIFFING | {"Content-Security-Policy": "default-src 'none'; sandbox"}
     for kind, beginning in SHOWN.items():
         if beginning.match(data):
             return Response(data, 200, headers, kind)
@@ -117,11 +120,24 @@ def error_body(error: PatchsightError) -> dict[str, str | None]:
     return {"code": error.code, "message": error.message, "param": error.param}
 
 
-def error_reply(error: PatchsightError) -> Response:
-    """The one shape that errors have, with the status of their class."""
+class ErrorResponse(Response):
+    """An error in the one shape that all have. Tells `Observe` its code, as `error` in the request's state."""
+
+    def __init__(self, body: dict[str, str | None], status: int, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(orjson.dumps({"error": body}), status, {**NO_SNIFFING, **(headers or {})}, JSON)
+        self.error = body["code"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        scope.setdefault("state", {})["error"] = self.error
+        await super().__call__(scope, receive, send)
+
+
+def error_reply(error: PatchsightError) -> ErrorResponse:
+    """An error with the status of its class."""
     headers = {}
     if isinstance(error, Overloaded):
         headers["Retry-After"] = str(error.retry_after_s)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return json_reply({"error": error_body(error)}, error.status, headers)
+    return ErrorResponse(error_body(error), error.status, headers)

@@ -16,6 +16,7 @@ from patchsight_serve.manifest import default_repository
 MEBIBYTE = 1024 * 1024
 Positive = Annotated[int, Field(gt=0)]
 GRPC = re.compile(r"grpcs?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):\d{1,5}")
+ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:\d{1,5})?")
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -45,6 +46,10 @@ class ServeSettings(CommandSettings):
     )
 
     api_keys: SecretStr = Field(SecretStr(""), description="comma-separated; each opens everything, as a Bearer token")
+    cors_origins: str = Field(
+        "",
+        description="comma-separated origins whose pages may call, https://HOST or with :PORT; * for all, needs keys",
+    )
     allow_anonymous: bool = Field(False, description="listen beyond loopback without an API key")
 
     max_images: Positive = Field(64, description="images per request")
@@ -101,6 +106,8 @@ class ServeSettings(CommandSettings):
     threads: Positive | None = Field(None, description="threads of one inference (default: one per core)")
     decode_threads: Positive = Field(os.cpu_count() or 1, description="images decoded at the same time")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line to log")
+    log_format: Literal["text", "json"] = Field("text", description="json: one object per line")
+    access_log: bool = Field(True, description="a line for each request, at level info; for probes at debug")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -111,6 +118,16 @@ class ServeSettings(CommandSettings):
                 f"host {self.host} is reachable from other machines and no API key is set: set PATCHSIGHT_API_KEYS, or "
                 "PATCHSIGHT_ALLOW_ANONYMOUS=1 to let anybody in"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _origins_fit(self) -> Self:
+        for origin in self.origins:
+            if origin == "*":
+                if not self.keys:
+                    raise ValueError("cors_origins * without an API key would let every page that is looked at call")
+            elif not ORIGIN.fullmatch(origin):
+                raise ValueError(f"cors_origins has {origin!r}; an origin is https://HOST, or with :PORT, and no path")
         return self
 
     @model_validator(mode="after")
@@ -137,6 +154,11 @@ class ServeSettings(CommandSettings):
     def keys(self) -> tuple[str, ...]:
         """The API keys; empty: everybody may call."""
         return tuple(key for key in (k.strip() for k in self.api_keys.get_secret_value().split(",")) if key)
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """The origins whose pages may call; empty: only the server's own."""
+        return tuple(origin for origin in (o.strip() for o in self.cors_origins.split(",")) if origin)
 
 
 def is_loopback(host: str) -> bool:

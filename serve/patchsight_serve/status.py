@@ -30,7 +30,13 @@ def router() -> APIRouter:
         openapi_extra=no_key,
         responses={503: {"model": ErrorReply, "description": "Not able to answer right now."}},
     )(readyz)
-    routes.get("/metrics", tags=["health"], summary="Prometheus metrics")(metrics)
+    routes.get(
+        "/metrics",
+        tags=["health"],
+        summary="Prometheus metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )(metrics)
     return routes
 
 

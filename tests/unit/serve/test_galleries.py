@@ -438,3 +438,24 @@ def test_every_route_is_documented(client: TestClient) -> None:
     assert {"get", "post"} <= set(paths["/neighbors"])
     names = {parameter["name"] for parameter in paths["/neighbors"]["post"]["parameters"]}
     assert names == {"k", "label", "min_score", "vote", "gallery", "encoder"}
+
+
+def test_metadata_that_no_reply_could_hold(client: TestClient, png: bytes) -> None:
+    """Nested so deep that it can be stored, and not written inside of a reply: it would break every page it is on."""
+
+    def nested(depth: int) -> str:
+        return '{"a":' * depth + "1" + "}" * depth
+
+    headers = {"Content-Type": "image/png"}
+    for depth in (33, 254, 300):
+        reply = client.post(
+            "/gallery/images", params={"id": "a", "metadata": nested(depth)}, content=png, headers=headers
+        )
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "metadata")
+    added = client.post("/gallery/images", params={"id": "a", "metadata": nested(32)}, content=png, headers=headers)
+    assert added.status_code == 200
+    for depth in (33, 253, 254):
+        reply = client.patch("/gallery/images/a", content=f'{{"metadata":{nested(depth)}}}')
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "metadata")
+    assert client.get("/gallery/images").status_code == 200
+    assert client.get("/neighbors?id=a").status_code == 200

@@ -35,7 +35,7 @@ def test_another_request_id_is_replaced(given: str | bytes, client: TestClient) 
 def test_times_of_each_stage(client: TestClient, png: bytes) -> None:
     header = client.post("/embed", content=png, headers=RAW).headers["server-timing"]
     stages = dict(re.findall(r"(\w+);dur=([0-9.]+)", header))
-    assert list(stages) == ["decode", "queue", "infer"]
+    assert list(stages) == ["decode", "queue", "infer", "encode"]
     assert all(0 < float(ms) < 60_000 for ms in stages.values())
     assert "server-timing" not in client.get("/livez").headers
 
@@ -72,9 +72,43 @@ def test_images_batches_and_stages_are_counted(client: TestClient, png: bytes) -
     assert grown("patchsight_rejected_images_total", reason="unsupported_image") == 1
     assert grown("patchsight_rejected_images_total", reason="invalid_request") == 1
     assert grown("patchsight_batch_size_sum", encoder="fake") == 1
-    for stage in ("decode", "queue", "infer"):
+    for stage in ("decode", "queue", "infer", "encode"):
         assert grown(f"patchsight_{stage}_seconds_count") == 1
     assert after["patchsight_admitted_images", labels(encoder="fake")] == 0
+
+
+def test_errors_are_counted_by_their_code(serving: Callable[..., TestClient]) -> None:
+    client = serving(api_keys="key")
+    client.headers["Authorization"] = "Bearer key"
+    client.post("/embed", content=b"junk", headers=RAW)
+    client.get("/encoders/missing")
+    client.get("/unknown")
+    client.get("/embed")
+    client.get("/gallery/images?limit=0")
+    client.get("/encoders", headers={"Authorization": "Bearer other"})
+    counted = metrics(client)
+    for reason, times in {
+        "unsupported_image": 1, "not_found": 2, "method_not_allowed": 1, "invalid_request": 1, "unauthorized": 1
+    }.items():  # fmt: skip
+        assert counted["patchsight_rejected_requests_total", labels(reason=reason)] == times
+
+
+def test_no_reply_is_taken_for_another_type(client: TestClient, png: bytes) -> None:
+    for reply in (client.post("/embed", content=png, headers=RAW), client.get("/unknown"), client.get("/metrics")):
+        assert reply.headers["x-content-type-options"] == "nosniff"
+        assert reply.headers["cross-origin-resource-policy"] == "same-origin"
+
+
+def test_a_path_cannot_forge_a_line_of_the_log(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken(*_: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr("patchsight_serve.auth.BearerAuth.__call__", broken)
+    assert client.get("/a%0Aforged").status_code == 500
+    assert "GET /a%0Aforged" in caplog.text
+    assert "\nforged" not in caplog.text
 
 
 def test_two_servers_count_apart(serving: Callable[..., TestClient]) -> None:

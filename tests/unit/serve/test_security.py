@@ -1,0 +1,34 @@
+"""docs/security.md names every limit with the default that it has."""
+
+import re
+from pathlib import Path
+
+from patchsight_serve.connection import MAX_HEAD, MAX_PIPELINED
+from patchsight_serve.decode import Limits
+from patchsight_serve.item import MAX_DEPTH, MAX_LABEL, MAX_METADATA
+from patchsight_serve.settings import ServeSettings
+
+PAGE = (Path(__file__).parents[3] / "docs" / "security.md").read_text()
+
+
+def test_every_limit_stands_on_the_page() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([\d,.]+) \|", PAGE, re.MULTILINE))
+    fields = ServeSettings.model_fields
+    limits = {name for name in fields if name.startswith("max_") or name.endswith("timeout_s")}
+    assert set(rows) == limits
+    for name, said in rows.items():
+        assert float(said.replace(",", "")) == float(fields[name].default), name
+
+
+def test_what_cannot_be_set() -> None:
+    text = " ".join(PAGE.split())
+    assert f"{MAX_HEAD // 1024} KiB of a request's line and headers" in text
+    assert f"{MAX_PIPELINED} requests of one connection that wait" in text
+    assert f"{Limits().max_side:,} pixels on an image's longest side" in text
+    assert f"{MAX_LABEL} characters of a label, {MAX_METADATA // 1024} KiB and {MAX_DEPTH} levels of metadata" in text
+
+
+def test_what_is_closed_by_default() -> None:
+    settings = ServeSettings()
+    assert (settings.host, settings.allow_anonymous, settings.cors_origins) == ("127.0.0.1", False, "")
+    assert "listens on 127.0.0.1" in PAGE
