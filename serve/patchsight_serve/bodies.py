@@ -123,6 +123,7 @@ async def _parts(form: FormData) -> Multipart:
             fields[name] = value
         elif name == FIELD:
             images.append(await value.read())
+            await value.close()  # now, and not with the last one: a large form would be in memory twice
         else:
             raise InvalidRequest(f"the form has a file in the field {name!r}; files belong in {FIELD!r}", name)
     return Multipart(images, fields)

@@ -5,32 +5,28 @@ import multiprocessing
 import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
 
-from fastapi import FastAPI
-
+from patchsight_serve.child import child_main
 from patchsight_serve.errors import PatchsightError
-from patchsight_serve.server import Server, run
 from patchsight_serve.settings import ServeSettings
-from patchsight_serve.shared_metrics import SharedMetrics, retire
+from patchsight_serve.shared_metrics import retire
 
 logger = logging.getLogger(__name__)
 
 SPAWN = multiprocessing.get_context("spawn")
-FORMAT = "%(asctime)s %(levelname)s [%(process)d] %(name)s: %(message)s"
 FORWARDED = (signal.SIGTERM, signal.SIGINT)
 STABLE_S = 30.0  # a process that answered for so long is replaced at once, one that did not later and later
 LONGEST_PAUSE_S = 30.0
+LEAST_SILENCE_S = 20.0
 GRACE_S = 10.0  # beyond what a process may take to leave, before it is killed
 
 
@@ -81,8 +77,9 @@ class Child:
 
     slot: int
     process: SpawnProcess
-    report: Connection  # says when it answers
+    report: Connection  # tells that it lives, and whether it answers, about once a second
     born: float
+    heard: float
     failures: int  # processes of this slot that died young in a row, before it
     answers: bool = False
 
@@ -98,6 +95,8 @@ class Supervisor:
         self._complete = False  # all slots have answered
         self._leave_by: float | None = None
         self._clean = True
+        # An engine that hangs is the process's own affair. One that is silent for longer cannot help itself.
+        self._silence_s = max(LEAST_SILENCE_S, 2 * settings.batch_timeout_s)
 
     def run(self) -> bool:
         """Until all have left. False if one could not start, or did not leave as it should."""
@@ -105,7 +104,7 @@ class Supervisor:
             while self._children or not self._leaving():
                 self._start_due()
                 ends: list[Connection | int] = [child.process.sentinel for child in self._children.values()]
-                ends += [child.report for child in self._children.values() if not child.answers]
+                ends += [child.report for child in self._children.values() if not child.report.closed]
                 wait(ends, timeout=0.2)
                 for child in list(self._children.values()):
                     self._look_at(child)
@@ -125,23 +124,34 @@ class Supervisor:
             process = SPAWN.Process(target=child_main, args=arguments, name=f"patchsight-{slot}")
             process.start()
             told.close()  # the child's alone: its end is then the end of the child
-            self._children[slot] = Child(slot, process, report, now, failures)
+            self._children[slot] = Child(slot, process, report, now, now, failures)
             if self._leaving():  # the signal came in between
                 process.terminate()
 
     def _look_at(self, child: Child) -> None:
-        if not child.answers and child.report.poll():
-            try:
-                child.answers = child.report.recv()
-            except EOFError:  # it died; its exit code comes in a moment
-                child.process.join(GRACE_S)
-            else:
-                self._answers(child)
+        self._listen_to(child)
+        now = time.monotonic()
         if child.process.exitcode is not None:
             self._ended(child, child.process.exitcode)
-        elif self._leave_by is not None and time.monotonic() > self._leave_by:
-            logger.error("process %d does not leave: killed", child.process.pid)
-            child.process.kill()
+        elif self._leave_by is not None and now > self._leave_by:
+            self._kill(child, "does not leave")
+        elif self._leave_by is None and now > child.heard + self._silence_s:
+            self._kill(child, f"has been silent for {self._silence_s:g} s")
+
+    def _listen_to(self, child: Child) -> None:
+        try:
+            while not child.report.closed and child.report.poll():
+                answers, child.heard = child.report.recv(), time.monotonic()
+                if answers and not child.answers:
+                    child.answers = True
+                    self._answers(child)
+        except (EOFError, OSError):  # it has died; its exit code comes in a moment
+            child.report.close()
+
+    def _kill(self, child: Child, why: str) -> None:
+        logger.error("process %d %s: killed", child.process.pid, why)
+        child.process.kill()
+        child.process.join(GRACE_S)
 
     def _answers(self, child: Child) -> None:
         logger.info("process %d answers", child.process.pid)
@@ -198,47 +208,3 @@ class Supervisor:
         finally:
             for sig, handler in before.items():
                 signal.signal(sig, handler)
-
-
-class ChildServer(Server):
-    """A server that says when it answers, and shares its metrics with its sisters."""
-
-    def __init__(self, told: Connection, folder: Path, slot: int, app: FastAPI, settings: ServeSettings) -> None:
-        super().__init__(app, settings)
-        self._told = told
-        self._metrics = self._service.metrics
-        self._metrics.sisters = SharedMetrics(self._metrics.registry, folder, slot)
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, then say so."""
-        await super().startup(sockets)
-        self._told.send(True)
-
-    async def on_tick(self, counter: int) -> bool:
-        """As the server's; once a second the metrics are published."""
-        if counter % 10 == 0 and self._metrics.sisters is not None:
-            self._metrics.sisters.publish()
-        return await super().on_tick(counter)
-
-
-def child_main(
-    settings: ServeSettings, sockets: list[socket.socket], told: Connection, folder: Path, slot: int
-) -> None:
-    """The whole of a process: serve, until told to leave or left alone."""
-    os.setpgid(0, 0)  # Ctrl+C in a terminal is for the supervisor, who passes it on
-    logging.basicConfig(level=settings.log_level.upper(), format=FORMAT)
-    logging.getLogger("faiss").setLevel(logging.WARNING)
-    threading.Thread(target=_leave_with_parent, daemon=True, name="parent").start()
-    try:
-        run(settings, partial(ChildServer, told, folder, slot), sockets)
-    except PatchsightError as error:
-        logger.error("%s", error.message)
-        raise SystemExit(1) from None
-
-
-def _leave_with_parent() -> None:
-    """A process without a supervisor would hold the port for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGTERM)

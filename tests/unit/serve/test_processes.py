@@ -259,3 +259,17 @@ def test_galleries_are_refused(
     assert "start it with --processes 1" in reply.json()["error"]["message"]
     assert client.post("/embed", content=png, headers=PNG).status_code == 200
     assert not (tmp_path / "state").exists()
+
+
+def test_a_process_that_stands_still_is_replaced(start: Callable[..., Group], png: bytes) -> None:
+    group = start("--batch-timeout-s", "1")
+    url, (first, second) = group.ready(), group.pids()
+    os.kill(second, signal.SIGSTOP)
+    for _ in range(3):
+        assert httpx.post(f"{url}/embed", content=png, headers=PNG, timeout=60).status_code == 200
+    group.said(rf"process {second} has been silent for 20 s: killed")
+    third = int(group.said(r"process (\d+) answers", 3)[2])
+    assert third not in (first, second)
+    until(url, "patchsight_processes", 2)
+    group.process.send_signal(signal.SIGTERM)
+    assert group.process.wait(PATIENCE_S) == 0
