@@ -94,7 +94,8 @@ async def embed(
     that fails has its error in its place. Binary replies fail as a whole, and `param` names the image.
     """
     service: Service = request.app.state.service
-    manifest = service.encoder(encoder).manifest
+    loaded = service.encoder(encoder)
+    manifest = loaded.manifest
     wanted = _names(outputs, manifest)
     transform = _transform(service.transform(manifest, size), fitted)
     media_type = negotiate(request.headers.get("accept"), (JSON, NPY, NPZ, RAW))
@@ -104,7 +105,7 @@ async def embed(
     async with while_connected(request):
         results = await service.embed_images(
             images,
-            manifest.name,
+            loaded,
             wanted,
             request.state.timing,
             transform,
@@ -134,7 +135,8 @@ async def attention(
     Asked for JSON, npy or octet-stream, the map `(h, w)` itself; patches cut away by `mass` are 0.
     """
     service: Service = request.app.state.service
-    manifest = service.encoder(encoder).manifest
+    loaded = service.encoder(encoder)
+    manifest = loaded.manifest
     name = graph_name("attention", manifest, param="encoder")
     number = _head(head, manifest)
     transform = _transform(service.transform(manifest, size), fitted)
@@ -147,12 +149,12 @@ async def attention(
         shown = shown_crop(picture, transform, grid) if media_type == PNG else None
         return fit(picture, transform), shown
 
-    async with while_connected(request), service.admitted(1, manifest.name):
+    async with while_connected(request), service.admitted(1, loaded):
         (prepared,) = await service.decode_images(images, prepare, request.state.timing)
         if isinstance(prepared, PatchsightError):
             raise _located(prepared, 0)
         pixels, shown = prepared
-        (result,) = await service.infer([pixels], manifest.name, [name], request.state.timing)
+        (result,) = await service.infer([pixels], loaded, [name], request.state.timing)
     if isinstance(result, PatchsightError):
         raise _located(result, 0)
     heads = result[name]

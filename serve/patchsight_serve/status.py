@@ -37,7 +37,7 @@ def router() -> APIRouter:
 async def encoders(request: Request) -> Response:
     """All loaded encoders, by name."""
     service: Service = request.app.state.service
-    return json_reply({"encoders": [_info(e, service) for e in service.encoders.values()]})
+    return json_reply({"encoders": [_info(e, service) for e in service.loaded.values()], "failed": service.failed})
 
 
 async def encoder(request: Request, name: str) -> Response:
