@@ -1,7 +1,7 @@
 """The HTTP application: routes, middleware, and the one place where errors become status codes."""
 
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -15,20 +15,21 @@ from starlette.responses import Response
 
 from patchsight_serve import __version__, embeddings, galleries, neighbors, openai_api, origin, page, status
 from patchsight_serve.auth import BearerAuth
-from patchsight_serve.batcher import Batcher
 from patchsight_serve.bodies import BodyLimits
 from patchsight_serve.collection import Galleries, NoGalleries
 from patchsight_serve.decode import Limits
-from patchsight_serve.encoder import Described, Encoder, RemoteEncoder
-from patchsight_serve.engine import Engine
+from patchsight_serve.encoder import Encoder, RemoteEncoder
 from patchsight_serve.errors import BundleError, InvalidRequest, NotReady, PatchsightError
+from patchsight_serve.loaded import with_engine
 from patchsight_serve.metrics import Metrics
 from patchsight_serve.observe import Observe
+from patchsight_serve.reload import Reloader, Source
 from patchsight_serve.replies import ErrorResponse, error_reply
 from patchsight_serve.sample_gallery import sampling
 from patchsight_serve.schemas import ErrorReply
 from patchsight_serve.service import Service
 from patchsight_serve.settings import ServeSettings, is_loopback
+from patchsight_serve.visits import Visiting
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,12 @@ An error is always `{"error": {"code", "message", "param"}}`. Every reply has an
 """
 
 
-def create_app(encoders: Mapping[str, Encoder | RemoteEncoder], settings: ServeSettings) -> FastAPI:
+def create_app(
+    encoders: Mapping[str, Encoder | RemoteEncoder], settings: ServeSettings, source: Source | None = None
+) -> FastAPI:
     """The application around loaded encoders, each with an engine that starts and ends with its lifespan.
+
+    source: where a reload looks for encoders; without one there is none.
 
     Raises BundleError if `settings.encoder` is not among them.
     """
@@ -57,6 +62,7 @@ def create_app(encoders: Mapping[str, Encoder | RemoteEncoder], settings: ServeS
             Middleware(Observe, metrics=service.metrics, leaving=lambda: service.draining),
             *_middleware_for_pages(settings),
             Middleware(BearerAuth, keys=settings.keys),
+            Middleware(Visiting, visits=service.visits),
         ],
         responses={"4XX": {"model": ErrorReply, "description": "The request cannot be answered."}},
         exception_handlers={
@@ -66,6 +72,7 @@ def create_app(encoders: Mapping[str, Encoder | RemoteEncoder], settings: ServeS
         },
     )
     app.state.service = service
+    app.state.reloader = Reloader(service, source)
     app.state.galleries = (
         Galleries(settings.state_dir / "galleries", settings.keep_originals)
         if settings.processes == 1
@@ -102,15 +109,9 @@ def _middleware_for_pages(settings: ServeSettings) -> list[Middleware]:
 
 def _service(encoders: Mapping[str, Encoder | RemoteEncoder], settings: ServeSettings) -> Service:
     metrics = Metrics()
-    engines: dict[str, Engine] = {}
-    for name, encoder in encoders.items():
-        engines[name] = engine = _engine(encoder, settings, metrics.batch_size.labels(name).observe)
-        metrics.watch_queue(name, lambda engine=engine: engine.admitted)  # type: ignore[misc]
-    described: dict[str, Described] = dict(encoders)
     pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
     return Service(
-        encoders=described,
-        engines=engines,
+        loaded={name: with_engine(encoder, settings, metrics) for name, encoder in encoders.items()},
         settings=settings,
         limits=Limits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_pixels),
         body_limits=BodyLimits(settings.max_body_bytes, settings.max_images, settings.timeout_s),
@@ -119,26 +120,12 @@ def _service(encoders: Mapping[str, Encoder | RemoteEncoder], settings: ServeSet
     )
 
 
-def _engine(encoder: Encoder | RemoteEncoder, settings: ServeSettings, on_batch: Callable[[int], object]) -> Engine:
-    if isinstance(encoder, RemoteEncoder):
-        from patchsight_serve.triton_engine import TritonEngine  # only now: gRPC takes its time to load
-
-        return TritonEngine(
-            encoder, settings.max_queue, on_batch, settings.triton_channels, settings.triton_probe_s,
-            settings.triton_shared_memory, settings.max_wait_s,
-        )  # fmt: skip
-    return Batcher(
-        encoder, settings.max_batch, settings.max_queue, on_batch, settings.max_wait_s, settings.batch_timeout_s
-    )
-
-
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     service: Service = app.state.service
     async with AsyncExitStack() as stack:
         stack.callback(service.pool.shutdown, wait=False, cancel_futures=True)
-        for engine in service.engines.values():
-            await stack.enter_async_context(engine)
+        await stack.enter_async_context(app.state.reloader)
         try:
             await service.prove_ready()  # the first inference is slow: better now than for a user
         except NotReady as error:

@@ -77,6 +77,7 @@ class Batcher(Admission):
             await asyncio.to_thread(self._thread.join, 10.0)
         if self._watch is not None:
             self._watch.cancel()
+            self._watch = None  # a cancelled task remembers where it was, and that would keep the encoder in memory
 
     @property
     def alive(self) -> bool:

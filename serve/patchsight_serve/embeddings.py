@@ -17,6 +17,7 @@ from patchsight_serve.encoder import Pixels, Values
 from patchsight_serve.errors import InvalidRequest, PatchsightError
 from patchsight_serve.heatmap import keep_mass, overlay, shown_crop
 from patchsight_serve.manifest import Manifest, Transform
+from patchsight_serve.outputs import OUTPUTS, VECTORS, graph_name, to_unit_length
 from patchsight_serve.plain_route import PlainRoute
 from patchsight_serve.replies import (
     JSON,
@@ -32,7 +33,7 @@ from patchsight_serve.replies import (
     packed,
 )  # fmt: skip
 from patchsight_serve.schemas import IMAGE_ERRORS, AttentionReply, EmbedReply, array_content, image_body
-from patchsight_serve.service import INTERACTIVE_IMAGES, OUTPUTS, VECTORS, Service, graph_name, to_unit_length
+from patchsight_serve.service import INTERACTIVE_IMAGES, Service
 
 EncoderQuery = Annotated[str | None, Query(description="name of the encoder; the default one if left out")]
 SizeQuery = Annotated[
@@ -94,7 +95,8 @@ async def embed(
     that fails has its error in its place. Binary replies fail as a whole, and `param` names the image.
     """
     service: Service = request.app.state.service
-    manifest = service.encoder(encoder).manifest
+    loaded = service.encoder(encoder)
+    manifest = loaded.manifest
     wanted = _names(outputs, manifest)
     transform = _transform(service.transform(manifest, size), fitted)
     media_type = negotiate(request.headers.get("accept"), (JSON, NPY, NPZ, RAW))
@@ -105,7 +107,7 @@ async def embed(
     async with while_connected(request):
         results = await service.embed_images(
             images,
-            manifest.name,
+            loaded,
             wanted,
             request.state.timing,
             transform,
@@ -136,7 +138,8 @@ async def attention(
     Asked for JSON, npy or octet-stream, the map `(h, w)` itself; patches cut away by `mass` are 0.
     """
     service: Service = request.app.state.service
-    manifest = service.encoder(encoder).manifest
+    loaded = service.encoder(encoder)
+    manifest = loaded.manifest
     name = graph_name("attention", manifest, param="encoder")
     number = _head(head, manifest)
     transform = _transform(service.transform(manifest, size), fitted)
@@ -150,12 +153,12 @@ async def attention(
         shown = shown_crop(picture, transform, grid) if media_type == PNG else None
         return fit(picture, transform), shown
 
-    async with while_connected(request), service.admitted(1, manifest.name):
+    async with while_connected(request), service.admitted(1, loaded):
         (prepared,) = await service.decode_images(images, prepare, request.state.timing)
         if isinstance(prepared, PatchsightError):
             raise _located(prepared, 0)
         pixels, shown = prepared
-        (result,) = await service.infer([pixels], manifest.name, [name], request.state.timing)
+        (result,) = await service.infer([pixels], loaded, [name], request.state.timing)
     if isinstance(result, PatchsightError):
         raise _located(result, 0)
     heads = result[name]

@@ -101,8 +101,8 @@ async def add(
     uploads = await _uploads(request, service, {"id": id, "label": label, "metadata": metadata})
     request.state.timing.images = len(uploads)
     gallery = await asyncio.to_thread(galleries.get, gallery_name, True)
-    identity = encoder_of(service, gallery, encoder)
-    results = await index_images(service, gallery, identity, uploads, replace, timing=request.state.timing)
+    loaded = encoder_of(service, gallery, encoder)
+    results = await index_images(service, gallery, loaded, uploads, replace, timing=request.state.timing)
     for i, result in enumerate(results):
         if isinstance(result, PatchsightError):
             result.param = result.param or f"images[{i}]"

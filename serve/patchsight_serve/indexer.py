@@ -12,9 +12,11 @@ from patchsight_serve.decode import fit, open_rgb
 from patchsight_serve.encoder import Pixels, Values
 from patchsight_serve.errors import Conflict, InvalidRequest, PatchsightError
 from patchsight_serve.gallery import Gallery
-from patchsight_serve.item import Identity, Item, NewImage
+from patchsight_serve.item import Item, NewImage
+from patchsight_serve.loaded import Loaded
 from patchsight_serve.nearest import normalize
-from patchsight_serve.service import Service, graph_name
+from patchsight_serve.outputs import graph_name
+from patchsight_serve.service import Service
 from patchsight_serve.timing import Timing
 
 THUMBNAIL_SIDE = 160  # pixels of the longer side, at most
@@ -41,27 +43,26 @@ def default_id(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:32]
 
 
-def encoder_of(service: Service, gallery: Gallery | None, name: str | None) -> Identity:
+def encoder_of(service: Service, gallery: Gallery | None, name: str | None) -> Loaded:
     """The encoder for a gallery: the one asked for, else the one the gallery is bound to, else the default one.
 
     Raises Conflict if it is not the one that the gallery is bound to, NotFound.
     """
     bound = gallery.encoder if gallery else None
-    if name is None and bound is not None and bound.name not in service.encoders:
+    if name is None and bound is not None and bound.name not in service.loaded:
         raise Conflict(
             f"the gallery needs encoder {bound.name!r} (sha256 {bound.sha256}), which is not loaded", "encoder"
         )
-    manifest = service.encoder(name or (bound.name if bound else None)).manifest
-    identity = Identity(manifest.name, manifest.sha256)
+    loaded = service.encoder(name or (bound.name if bound else None))
     if gallery:
-        gallery.require(identity)
-    return identity
+        gallery.require(loaded.identity)
+    return loaded
 
 
 async def index_images(
     service: Service,
     gallery: Gallery,
-    encoder: Identity,
+    encoder: Loaded,
     uploads: Sequence[Upload | PatchsightError],
     replace: bool = False,
     facts: dict[str, str] | None = None,
@@ -83,36 +84,36 @@ async def index_images(
             results[i] = Added(upload.item.id, False) if there else None
         waiting = [pair for pair, there in zip(waiting, held, strict=True) if not there]
     if waiting:
-        made = await _new_images(service, encoder.name, [upload for _, upload in waiting], timing)
+        made = await _new_images(service, encoder, [upload for _, upload in waiting], timing)
         images: list[tuple[int, NewImage]] = []
         for (i, _), entry in zip(waiting, made, strict=True):
             if isinstance(entry, NewImage):
                 images.append((i, entry))
             else:
                 results[i] = entry
-        added = await asyncio.to_thread(gallery.add, [image for _, image in images], encoder, replace, facts)
+        added = await asyncio.to_thread(gallery.add, [image for _, image in images], encoder.identity, replace, facts)
         for (i, image), outcome in zip(images, added, strict=True):
             results[i] = outcome if isinstance(outcome, PatchsightError) else Added(image.item.id, outcome)
     elif facts:
-        await asyncio.to_thread(gallery.add, [], encoder, replace, facts)
+        await asyncio.to_thread(gallery.add, [], encoder.identity, replace, facts)
     return [result for result in results if result is not None]
 
 
 async def _new_images(
-    service: Service, encoder_name: str, uploads: Sequence[Upload], timing: Timing | None
+    service: Service, encoder: Loaded, uploads: Sequence[Upload], timing: Timing | None
 ) -> list[NewImage | PatchsightError]:
     """Vector and thumbnail of each image, which is decoded once for both; or what is wrong with it."""
-    manifest = service.encoder(encoder_name).manifest
+    manifest = encoder.manifest
     name = graph_name("embedding", manifest)
 
     def prepare(data: bytes) -> tuple[Pixels, bytes]:
         picture = open_rgb(data, service.limits, manifest.transform.scaled_side)
         return fit(picture, manifest.transform), thumbnail(picture)
 
-    async with service.admitted(len(uploads), encoder_name):
+    async with service.admitted(len(uploads), encoder):
         prepared = await service.decode_images([upload.data for upload in uploads], prepare, timing)
         pixels = [entry[0] for entry in prepared if not isinstance(entry, PatchsightError)]
-        encoded = iter(await service.infer(pixels, encoder_name, [name], timing))
+        encoded = iter(await service.infer(pixels, encoder, [name], timing))
     made: list[NewImage | PatchsightError] = []
     for upload, entry in zip(uploads, prepared, strict=True):
         if isinstance(entry, PatchsightError):

@@ -7,17 +7,18 @@ only where somebody asked for it, and where the embeddings point in the same dir
 import logging
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 from patchsight_serve.encoder import Encoder
-from patchsight_serve.errors import BundleError
+from patchsight_serve.errors import BundleError, PatchsightError
 from patchsight_serve.manifest import Manifest, load_manifest
 from patchsight_serve.openvino_encoder import OpenvinoEncoder, Precision
 from patchsight_serve.ort_encoder import OrtEncoder
-from patchsight_serve.repository import PROVIDERS
+from patchsight_serve.repository import PROVIDERS, needed_bundles
 from patchsight_serve.settings import ServeSettings
 from patchsight_serve.trial import Trial, compare
 from patchsight_serve.trial_record import TrialRecord
@@ -52,6 +53,22 @@ class Loader:
         if asked.engine == "auto" and asked.device == "cpu" and find_spec("openvino") is not None:
             return self._faster(bundle)
         return self._on_onnxruntime(bundle)
+
+    def changes(self, known: Mapping[str, Manifest]) -> dict[str, Encoder | PatchsightError | None]:
+        """As `reload.Source`: what the model repository holds, beside what is known of it.
+
+        Raises BundleError if it holds nothing.
+        """
+        found: dict[str, Encoder | PatchsightError | None] = {}
+        for bundle in needed_bundles(self._settings.model_repository):
+            try:
+                same = load_manifest(bundle) == known.get(bundle.name)
+                found[bundle.name] = None if same else self.load(bundle)
+            except PatchsightError as error:
+                found[bundle.name] = error
+            except OSError as error:  # it went while it was read
+                found[bundle.name] = BundleError(f"{bundle.name}: {error}")
+        return found
 
     def _on_onnxruntime(self, bundle: Path) -> OrtEncoder:
         return OrtEncoder(bundle, self._settings.threads, (PROVIDERS[self._settings.device],))

@@ -54,6 +54,10 @@ class Metrics:
         self.batch_size = Histogram(
             "patchsight_batch_size", "Images in a batch.", ("encoder",), registry=registry, buckets=BATCH_SIZES
         )
+        self.reloads = Counter(
+            "patchsight_reloads", "Reloads of the encoders; failed where an encoder could not be.", ("result",),
+            registry=registry,
+        )  # fmt: skip
         self.queued = Gauge(
             "patchsight_admitted_images", "Images being decoded, waiting or encoded.", ("encoder",), registry=registry
         )
@@ -61,6 +65,10 @@ class Metrics:
     def watch_queue(self, encoder: str, depth: Callable[[], float]) -> None:
         """Report `depth()` as the encoder's queue whenever Prometheus asks."""
         self.queued.labels(encoder).set_function(depth)
+
+    def forget_queue(self, encoder: str) -> None:
+        """Report it no more."""
+        self.queued.remove(encoder)
 
     def text(self) -> bytes:
         """All of it, of all processes, in Prometheus' text format."""

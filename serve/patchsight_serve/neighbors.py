@@ -90,16 +90,16 @@ async def of_uploaded(
         body = await read_body(request, service.body_limits)
         query, ids = await asyncio.to_thread(_of_examples, gallery, body)
         return await _reply(gallery, query, wanted, ids, gallery.encoder)
-    identity = encoder_of(service, gallery, encoder)
+    loaded = encoder_of(service, gallery, encoder)
     images = await read_images(request, replace(service.body_limits, max_images=1))
     request.state.timing.images = len(images)
     async with while_connected(request):
-        (result,) = await service.embed_images(images, identity.name, ("embedding",), request.state.timing)
+        (result,) = await service.embed_images(images, loaded, ("embedding",), request.state.timing)
     if isinstance(result, PatchsightError):
         result.param = result.param or "images[0]"
         raise result
-    gallery.require(identity)  # it may have been filled by another encoder meanwhile
-    return await _reply(gallery, result["embedding"], wanted, [], identity)
+    gallery.require(loaded.identity)  # it may have been filled by another encoder meanwhile
+    return await _reply(gallery, result["embedding"], wanted, [], loaded.identity)
 
 
 async def _reply(

@@ -11,11 +11,13 @@ from starlette.responses import Response
 
 from patchsight_serve.bodies import BodyLimits, from_base64, media_type, parse_json, read_body, too_many
 from patchsight_serve.departure import while_connected
-from patchsight_serve.encoder import Described, Values
+from patchsight_serve.encoder import Values
 from patchsight_serve.errors import InvalidRequest, NotFound, PatchsightError, UnsupportedImage
+from patchsight_serve.loaded import Loaded
+from patchsight_serve.outputs import available, to_unit_length
 from patchsight_serve.replies import JSON, json_reply
 from patchsight_serve.schemas import IMAGE_ERRORS, PIXEL, ErrorReply
-from patchsight_serve.service import Service, available, to_unit_length
+from patchsight_serve.service import Service
 
 KEYS = {"input", "model", "encoding_format", "dimensions", "user"}  # all that OpenAI's own endpoint knows
 
@@ -87,7 +89,7 @@ _BODY: dict[str, Any] = {
 class Asked:
     """A valid request. An input that is no base64 is an error in its place."""
 
-    encoder: Described
+    encoder: Loaded
     images: list[bytes | PatchsightError]
     alone: bool  # `input` was one string
     as_base64: bool
@@ -118,7 +120,7 @@ async def embeddings(request: Request) -> Response:
     name = asked.encoder.manifest.name
     request.state.timing.images = len(asked.images)
     async with while_connected(request):
-        results = await service.embed_images(asked.images, name, ("embedding",), request.state.timing)
+        results = await service.embed_images(asked.images, asked.encoder, ("embedding",), request.state.timing)
     vectors: list[Values] = []
     for i, result in enumerate(results):
         if isinstance(result, PatchsightError):
@@ -140,7 +142,7 @@ async def embeddings(request: Request) -> Response:
 async def models(request: Request) -> Response:
     """Names of encoders to ask for as `model`."""
     service: Service = request.app.state.service
-    return json_reply({"object": "list", "data": [_model(name) for name in service.encoders]})
+    return json_reply({"object": "list", "data": [_model(name) for name in service.loaded]})
 
 
 async def model(request: Request, model: Annotated[str, Path(description="name of an encoder")]) -> Response:
@@ -168,17 +170,17 @@ def _asked(content: Any, service: Service, limits: BodyLimits) -> Asked:
     return Asked(encoder, [_image(each) for each in inputs], isinstance(given, str), encoding == "base64")
 
 
-def _encoder(name: Any, service: Service) -> Described:
+def _encoder(name: Any, service: Service) -> Loaded:
     """Raises InvalidRequest, NotFound."""
     if not isinstance(name, str) or not name:
-        raise InvalidRequest(f"model must be the name of an encoder; there are {', '.join(service.encoders)}", "model")
+        raise InvalidRequest(f"model must be the name of an encoder; there are {', '.join(service.loaded)}", "model")
     try:
         return service.encoder(name)
     except NotFound as error:
         raise NotFound(error.message, "model") from None
 
 
-def _check_dimensions(asked: Any, encoder: Described) -> None:
+def _check_dimensions(asked: Any, encoder: Loaded) -> None:
     manifest = encoder.manifest
     (have,) = manifest.outputs[available(manifest)["embedding"]]
     if asked is not None and (type(asked) is not int or asked != have):

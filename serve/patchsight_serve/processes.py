@@ -1,4 +1,4 @@
-"""Several server processes that listen on one port: they are started, replaced when they die, and told to leave."""
+"""Several server processes that listen on one port: started, replaced when they die, told to reload and to leave."""
 
 import logging
 import multiprocessing
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 SPAWN = multiprocessing.get_context("spawn")
 FORWARDED = (signal.SIGTERM, signal.SIGINT)
+RELOAD = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()  # Windows has none
 STABLE_S = 30.0  # a process that answered for so long is replaced at once, one that did not later and later
 LONGEST_PAUSE_S = 30.0
 LEAST_SILENCE_S = 20.0
@@ -82,6 +83,7 @@ class Child:
     heard: float
     failures: int  # processes of this slot that died young in a row, before it
     answers: bool = False
+    behind: bool = False  # a reload was asked for while it started
 
 
 class Supervisor:
@@ -94,6 +96,7 @@ class Supervisor:
         self._due: dict[int, tuple[float, int]] = {0: (0.0, 0)}  # by slot: when to start a process, after how many
         self._complete = False  # all slots have answered
         self._leave_by: float | None = None
+        self._terminal = os.isatty(0)
         self._clean = True
         # An engine that hangs is the process's own affair. One that is silent for longer cannot help itself.
         self._silence_s = max(LEAST_SILENCE_S, 2 * settings.batch_timeout_s)
@@ -155,6 +158,8 @@ class Supervisor:
 
     def _answers(self, child: Child) -> None:
         logger.info("process %d answers", child.process.pid)
+        if child.behind:
+            self._reload(child)
         if self._complete:
             return
         if len(self._children) < self._settings.processes:
@@ -197,12 +202,29 @@ class Supervisor:
             if child.process.is_alive() and child.process.pid is not None:
                 os.kill(child.process.pid, sig if child.answers else signal.SIGTERM)
 
+    def _hang_up(self) -> None:
+        """Every process looks the encoders over; where the terminal is gone, all leave."""
+        if self._terminal and not os.isatty(0):
+            return self._leave(signal.SIGTERM)
+        for child in self._children.values():
+            if child.answers:
+                self._reload(child)
+            child.behind = not child.answers
+        return None
+
+    def _reload(self, child: Child) -> None:
+        if child.process.is_alive() and child.process.pid is not None:
+            os.kill(child.process.pid, signal.SIGHUP)
+
     @contextmanager
     def _signals(self) -> Iterator[None]:
         def handle(sig: int, _: FrameType | None) -> None:
-            self._leave(sig)
+            if sig in FORWARDED:
+                self._leave(sig)
+            else:
+                self._hang_up()
 
-        before = {sig: signal.signal(sig, handle) for sig in FORWARDED}
+        before = {sig: signal.signal(sig, handle) for sig in (*FORWARDED, *RELOAD)}
         try:
             yield
         finally:

@@ -65,9 +65,11 @@ def _progress(gallery: Gallery) -> int | None:
 async def _index(service: Service, gallery: Gallery, uploads: list[Upload], done: int) -> None:
     while done < len(uploads):
         batch = uploads[done : done + BATCH]
-        encoder = encoder_of(service, gallery, None)
+        facts = {FACT: str(done + len(batch))}
         try:
-            results = await index_images(service, gallery, encoder, batch, facts={FACT: str(done + len(batch))})
+            with service.visits.visit():
+                encoder = encoder_of(service, gallery, None)
+                results = await index_images(service, gallery, encoder, batch, facts=facts)
         except (Overloaded, DeadlineExceeded):  # users come first
             await asyncio.sleep(1)
             continue

@@ -89,6 +89,7 @@ class EncoderList(BaseModel):
     """All loaded encoders, by name."""
 
     encoders: list[EncoderInfo]
+    failed: dict[str, str] = Field(description="by name, what the last reload could not load, and why")
 
 
 _BINARY = {"type": "string", "format": "binary"}

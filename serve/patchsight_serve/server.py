@@ -20,6 +20,7 @@ from patchsight_serve.app import create_app
 from patchsight_serve.connection import Connection, ConnectionLimits, allow_open_files
 from patchsight_serve.encoder import Encoder, RemoteEncoder
 from patchsight_serve.loader import Loader
+from patchsight_serve.reload import Reloader, Source
 from patchsight_serve.repository import needed_bundles
 from patchsight_serve.service import Service
 from patchsight_serve.settings import ServeSettings
@@ -31,7 +32,9 @@ HUNG = 70  # exit status: an internal error, as sysexits.h has it
 
 class Server(uvicorn.Server):
     """On TERM or INT: /readyz turns 503 at once, listening ends after `drain_delay_s`, and what is in work is
-    finished, within `drain_timeout_s`. A second signal ends the delay; a second INT ends everything."""
+    finished, within `drain_timeout_s`. A second signal ends the delay; a second INT ends everything.
+
+    hangups: a HUP is put in here. It has the encoders looked over; from a terminal that is gone it means to leave."""
 
     def __init__(self, app: FastAPI, settings: ServeSettings) -> None:
         self._service: Service = app.state.service
@@ -58,6 +61,9 @@ class Server(uvicorn.Server):
             )
         )
         metrics.connections.set_function(lambda: len(self.server_state.connections))
+        self._reloader: Reloader = app.state.reloader
+        self.hangups: list[int] = []
+        self._terminal = os.isatty(0)
         self._exit_at = float("inf")
 
     @property
@@ -73,9 +79,16 @@ class Server(uvicorn.Server):
         self._exit_at = 0.0 if again else time.monotonic() + self._service.settings.drain_delay_s
 
     async def on_tick(self, counter: int) -> bool:
-        """Asked by uvicorn ten times a second whether to stop listening."""
+        """Asked by uvicorn ten times a second whether to stop listening. A handler of HUP could not do its work: it
+        runs between any two steps of the event loop."""
         if self._service.hung and not self._service.draining:
             self.handle_exit(signal.SIGTERM, None)
+        if self.hangups:
+            self.hangups.clear()
+            if self._terminal and not os.isatty(0):
+                self.handle_exit(signal.SIGTERM, None)
+            else:
+                self._reloader.request()
         if time.monotonic() >= self._exit_at:
             self.should_exit = True
         if counter % 5 == 0:
@@ -92,6 +105,15 @@ def _encoders(settings: ServeSettings) -> Mapping[str, Encoder | RemoteEncoder]:
     from patchsight_serve.triton_discovery import find_encoders  # gRPC takes its time to load
 
     return find_encoders(settings.triton, settings.triton_start_s)
+
+
+def _source(settings: ServeSettings) -> Source:
+    """Where a reload looks for encoders."""
+    if settings.triton is None:
+        return Loader(settings).changes
+    from patchsight_serve.triton_discovery import changes
+
+    return partial(changes, settings.triton)
 
 
 def serve(settings: ServeSettings) -> None:
@@ -111,6 +133,9 @@ def run(
     sockets: list[socket.socket] | None = None,
 ) -> None:
     """Serve in this process, on `sockets` where they are bound already. Raises as `serve` does."""
+    hangups: list[int] = []  # one that comes while the encoders are loaded is not lost, and ends nothing
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        signal.signal(signal.SIGHUP, lambda number, _: hangups.append(number))
     encoders = _encoders(settings)
     for encoder in encoders.values():
         m = encoder.manifest
@@ -122,7 +147,8 @@ def run(
         )  # fmt: skip
     if (files := allow_open_files(settings.max_connections)) < settings.max_connections:
         logger.warning("only %d files may be open at once, fewer than max_connections", files)
-    server = make(create_app(encoders, settings), settings)
+    server = make(create_app(encoders, settings, _source(settings)), settings)
+    server.hangups = hangups
     server.run(sockets)
     if server.hung:
         logging.shutdown()

@@ -10,99 +10,76 @@ from dataclasses import dataclass, field
 from math import isqrt
 from typing import TypeVar
 
-import numpy as np
-
 from patchsight_serve.bodies import BodyLimits
 from patchsight_serve.decode import Limits, decode
-from patchsight_serve.encoder import Described, Pixels, Values, default_name
+from patchsight_serve.encoder import Pixels, Values, default_name
 from patchsight_serve.engine import Engine, terms
 from patchsight_serve.errors import DeadlineExceeded, InvalidRequest, NotFound, NotReady, Overloaded, PatchsightError
 from patchsight_serve.in_flight import Content, InFlight
+from patchsight_serve.loaded import Loaded
 from patchsight_serve.manifest import Manifest, Transform
 from patchsight_serve.metrics import Metrics
+from patchsight_serve.outputs import graph_name
 from patchsight_serve.settings import ServeSettings
 from patchsight_serve.timing import Timing
+from patchsight_serve.visits import Visits
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# What a request may ask for, in the order of the replies, and what the graph calls it. `embedding` is the one that the
-# encoder's manifest recommends.
-OUTPUTS = {
-    "embedding": None,
-    "cls": "cls_embedding",
-    "mean": "mean_embedding",
-    "both": "both_embedding",
-    "attention": "attention",
-    "patch_tokens": "patch_tokens",
-}
-VECTORS = ("embedding", "cls", "mean", "both")
 PROOF_TIMEOUT_S = 5.0
 INTERACTIVE_IMAGES = 4  # a request with more of them is bulk work unless it says otherwise
 
 Encoded = Mapping[str, Values] | PatchsightError  # by the graph's names
 
 
-def available(manifest: Manifest) -> dict[str, str]:
-    """The public outputs that this encoder has, and what its graph calls them."""
-    names = {output: name or f"{manifest.recommended}_embedding" for output, name in OUTPUTS.items()}
-    return {output: name for output, name in names.items() if name in manifest.outputs}
-
-
-def graph_name(output: str, manifest: Manifest, param: str = "outputs") -> str:
-    """The graph's name of a public output. Raises InvalidRequest, which blames `param`, if the encoder lacks it."""
-    if output not in OUTPUTS:
-        raise InvalidRequest(f"unknown output {output!r}; the outputs are {', '.join(OUTPUTS)}", param)
-    names = available(manifest)
-    if output not in names:
-        raise InvalidRequest(
-            f"encoder {manifest.name!r} ({manifest.architecture}) has no output {output!r}; it has {', '.join(names)}",
-            param,
-        )
-    return names[output]
-
-
-def to_unit_length(vectors: Values) -> Values:
-    """`(..., D)` to length 1 along the last axis; a vector of zeros stays one."""
-    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    unit: Values = np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0)
-    return unit
-
-
 @dataclass
 class Service:
     """The loaded encoders with an engine each, and the threads that decode. One per process, on one event loop."""
 
-    encoders: dict[str, Described]
-    engines: dict[str, Engine]
+    loaded: Mapping[str, Loaded]  # by name; a reload puts another mapping in its place, and changes none
     settings: ServeSettings
     limits: Limits  # of one image
     body_limits: BodyLimits  # of one request
     pool: ThreadPoolExecutor  # decodes and draws; as many threads as `settings.decode_threads`
     metrics: Metrics
     draining: bool = False  # told to stop: not ready any more, but requests are still answered
+    failed: Mapping[str, str] = field(default_factory=dict)  # what the last reload could not load, and why
     in_flight: InFlight[Hashable, Encoded] = field(default_factory=InFlight)
+    visits: Visits = field(default_factory=Visits)
 
     def __post_init__(self) -> None:
         # The pool is first come, first served: bulk work that filled its queue would hold everybody up.
         self._bulk_decodes = asyncio.Semaphore(self.settings.decode_threads)
+        self.watch_queues()
+
+    def watch_queues(self) -> None:
+        """Have the metrics report the queues of what is loaded now."""
+        for name, loaded in self.loaded.items():
+            self.metrics.watch_queue(name, lambda engine=loaded.engine: engine.admitted)  # type: ignore[misc]
+
+    @property
+    def engines(self) -> dict[str, Engine]:
+        """By encoder."""
+        return {name: loaded.engine for name, loaded in self.loaded.items()}
 
     @property
     def hung(self) -> bool:
         """An engine will never work again: the process has to be replaced."""
         return any(engine.hung for engine in self.engines.values())
 
-    def encoder(self, name: str | None = None) -> Described:
-        """The encoder of that name; None is the default one. Raises NotFound."""
+    def encoder(self, name: str | None = None) -> Loaded:
+        """The encoder of that name; None is the default one. A request asks once, and keeps what it got: asked again,
+        another version may be there. Raises NotFound."""
         name = name or self.default_encoder
-        if name not in self.encoders:
-            raise NotFound(f"no encoder {name!r} is loaded; there are {', '.join(self.encoders)}", "encoder")
-        return self.encoders[name]
+        if name not in self.loaded:
+            raise NotFound(f"no encoder {name!r} is loaded; there are {', '.join(self.loaded)}", "encoder")
+        return self.loaded[name]
 
     @property
     def default_encoder(self) -> str:
         """`settings.encoder`, else the one that sees the largest pictures."""
-        return self.settings.encoder or default_name(self.encoders)
+        return self.settings.encoder or default_name(self.loaded)
 
     def transform(self, manifest: Manifest, size: int | None) -> Transform:
         """What makes square pictures of `size` pixels for this encoder; None is its own size. The part of a picture
@@ -139,7 +116,7 @@ class Service:
     async def embed_images(
         self,
         blobs: Sequence[bytes | PatchsightError],
-        encoder_name: str | None = None,
+        encoder: Loaded | str | None = None,
         outputs: Sequence[str] = ("embedding",),
         timing: Timing | None = None,
         transform: Transform | None = None,
@@ -150,6 +127,7 @@ class Service:
         Equal images in work at the same time, of whatever requests, are decoded and encoded once.
 
         blobs: encoded images; an error in the place of one (damaged base64) stays in its place.
+        encoder: as `encoder` gave it; by its name, it is looked up now.
         outputs: of `OUTPUTS`. Vectors `(D,)` are as the graph gives them, not normalized; attention is
             `(heads, h, w)`, patch tokens `(h, w, D)`. They may belong to other requests too: do not write into them.
         timing: is filled in.
@@ -159,7 +137,8 @@ class Service:
         Raises for the request as a whole: NotFound (encoder), InvalidRequest (outputs), Overloaded, NotReady,
         DeadlineExceeded.
         """
-        manifest = self.encoder(encoder_name).manifest
+        loaded = encoder if isinstance(encoder, Loaded) else self.encoder(encoder)
+        manifest = loaded.manifest
         transform = transform or manifest.transform
         names = {output: graph_name(output, manifest) for output in outputs}
         wanted = tuple(dict.fromkeys(names.values()))
@@ -170,11 +149,11 @@ class Service:
         async def work(indices: Sequence[int]) -> list[Encoded]:
             nonlocal own
             own += len(indices)
-            return await self._encode([good[i] for i in indices], manifest, wanted, transform, timing)
+            return await self._encode([good[i] for i in indices], loaded, wanted, transform, timing)
 
         start = time.perf_counter()
-        async with self.admitted(len(blobs), manifest.name, bulk):
-            keys = [(manifest.sha256, wanted, transform, Content(blob)) for blob in good]
+        async with self.admitted(len(blobs), loaded, bulk):
+            keys = [(loaded, wanted, transform, Content(blob)) for blob in good]
             encoded = iter(await self.in_flight.run(keys, work))
         self.metrics.shared.labels(manifest.name).inc(len(good) - own)
         if timing is not None and not own:
@@ -191,7 +170,7 @@ class Service:
         return results
 
     async def _encode(
-        self, blobs: Sequence[bytes], manifest: Manifest, names: Sequence[str], transform: Transform,
+        self, blobs: Sequence[bytes], loaded: Loaded, names: Sequence[str], transform: Transform,
         timing: Timing | None,
     ) -> list[Encoded]:  # fmt: skip
         def to_pixels(data: bytes) -> Pixels:
@@ -199,11 +178,11 @@ class Service:
 
         pixels = await self.decode_images(blobs, to_pixels, timing)
         good = [p for p in pixels if not isinstance(p, PatchsightError)]
-        encoded = iter(await self.infer(good, manifest.name, names, timing))
+        encoded = iter(await self.infer(good, loaded, names, timing))
         return [entry if isinstance(entry, PatchsightError) else next(encoded) for entry in pixels]
 
     @asynccontextmanager
-    async def admitted(self, images: int, encoder_name: str, bulk: bool | None = None) -> AsyncIterator[None]:
+    async def admitted(self, images: int, loaded: Loaded, bulk: bool | None = None) -> AsyncIterator[None]:
         """Hold places for `images` in the encoder's queue, from before they are decoded, and keep to the deadline.
 
         bulk: others go first; None decides by the number of images.
@@ -212,7 +191,7 @@ class Service:
         """
         bulk = images > INTERACTIVE_IMAGES if bulk is None else bulk
         try:
-            async with self.engines[encoder_name].admit(images, self.settings.timeout_s, bulk):
+            async with loaded.engine.admit(images, self.settings.timeout_s, bulk):
                 yield
         except (DeadlineExceeded, Overloaded) as error:
             self.metrics.rejected.labels(error.code).inc(images)
@@ -258,15 +237,15 @@ class Service:
         return results
 
     async def infer(
-        self, images: Sequence[Pixels], encoder_name: str, outputs: Sequence[str], timing: Timing | None = None
+        self, images: Sequence[Pixels], loaded: Loaded, outputs: Sequence[str], timing: Timing | None = None
     ) -> list[Mapping[str, Values] | PatchsightError]:
         """Encode decoded images for which `admitted` holds places. Outputs have the graph's names."""
         if not images:
             return []
-        results, spent = await self.engines[encoder_name].run(images, outputs)
+        results, spent = await loaded.engine.run(images, outputs)
         self.metrics.queue.observe(spent.queue)
         self.metrics.infer.observe(spent.infer)
-        self.metrics.images.labels(encoder_name).inc(len(images))
+        self.metrics.images.labels(loaded.manifest.name).inc(len(images))
         if timing is not None:
             timing.queue += spent.queue
             timing.infer += spent.infer

@@ -7,9 +7,10 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from patchsight_serve.encoder import Described
+from patchsight_serve.outputs import available
 from patchsight_serve.replies import json_reply
 from patchsight_serve.schemas import EncoderInfo, EncoderList, ErrorReply
-from patchsight_serve.service import Service, available
+from patchsight_serve.service import Service
 
 
 def router() -> APIRouter:
@@ -43,7 +44,7 @@ def router() -> APIRouter:
 async def encoders(request: Request) -> Response:
     """All loaded encoders, by name."""
     service: Service = request.app.state.service
-    return json_reply({"encoders": [_info(e, service) for e in service.encoders.values()]})
+    return json_reply({"encoders": [_info(e, service) for e in service.loaded.values()], "failed": service.failed})
 
 
 async def encoder(request: Request, name: str) -> Response:

@@ -1,8 +1,9 @@
-"""Which encoders does a Triton serve? Asked once, when the gateway starts."""
+"""Which encoders does a Triton serve? Asked when the gateway starts, and when it reloads."""
 
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 
 from patchsight_serve.encoder import RemoteEncoder
 from patchsight_serve.errors import BundleError, DeadlineExceeded, NotReady
@@ -24,6 +25,12 @@ def find_encoders(address: str, wait_s: float) -> dict[str, RemoteEncoder]:
     """
     found = asyncio.run(_manifests(address, wait_s))
     return {name: RemoteEncoder(manifest, address) for name, manifest in found.items()}
+
+
+def changes(address: str, known: Mapping[str, Manifest]) -> dict[str, RemoteEncoder | None]:
+    """As `reload.Source`: what the Triton at `address` serves now, beside what is known of it. Raises BundleError."""
+    found = find_encoders(address, 0.0)
+    return {name: None if encoder.manifest == known.get(name) else encoder for name, encoder in found.items()}
 
 
 async def _manifests(address: str, wait_s: float) -> dict[str, Manifest]:

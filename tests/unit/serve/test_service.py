@@ -9,7 +9,8 @@ from starlette.testclient import TestClient
 
 from patchsight_serve.errors import InvalidRequest, NotFound, PatchsightError
 from patchsight_serve.fake_encoder import FakeEncoder
-from patchsight_serve.service import Service, graph_name, to_unit_length
+from patchsight_serve.outputs import graph_name, to_unit_length
+from patchsight_serve.service import Service
 from patchsight_serve.timing import Timing
 
 

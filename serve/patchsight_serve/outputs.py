@@ -1,0 +1,45 @@
+"""What a request may ask of an encoder: the public names, and what its graph calls them."""
+
+import numpy as np
+
+from patchsight_serve.encoder import Values
+from patchsight_serve.errors import InvalidRequest
+from patchsight_serve.manifest import Manifest
+
+# What a request may ask for, in the order of the replies, and what the graph calls it. `embedding` is the one that the
+# encoder's manifest recommends.
+OUTPUTS = {
+    "embedding": None,
+    "cls": "cls_embedding",
+    "mean": "mean_embedding",
+    "both": "both_embedding",
+    "attention": "attention",
+    "patch_tokens": "patch_tokens",
+}
+VECTORS = ("embedding", "cls", "mean", "both")
+
+
+def available(manifest: Manifest) -> dict[str, str]:
+    """The public outputs that this encoder has, and what its graph calls them."""
+    names = {output: name or f"{manifest.recommended}_embedding" for output, name in OUTPUTS.items()}
+    return {output: name for output, name in names.items() if name in manifest.outputs}
+
+
+def graph_name(output: str, manifest: Manifest, param: str = "outputs") -> str:
+    """The graph's name of a public output. Raises InvalidRequest, which blames `param`, if the encoder lacks it."""
+    if output not in OUTPUTS:
+        raise InvalidRequest(f"unknown output {output!r}; the outputs are {', '.join(OUTPUTS)}", param)
+    names = available(manifest)
+    if output not in names:
+        raise InvalidRequest(
+            f"encoder {manifest.name!r} ({manifest.architecture}) has no output {output!r}; it has {', '.join(names)}",
+            param,
+        )
+    return names[output]
+
+
+def to_unit_length(vectors: Values) -> Values:
+    """`(..., D)` to length 1 along the last axis; a vector of zeros stays one."""
+    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    unit: Values = np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0)
+    return unit
