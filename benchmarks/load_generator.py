@@ -22,10 +22,11 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Reply:
     """status: of HTTP; 0 where there was none within `PATIENCE_S`, or the connection broke. seconds: from when the
-    request was due, not from when a connection was free."""
+    request was due, not from when a connection was free. due: seconds from the beginning of an open loop."""
 
     status: int
     seconds: float
+    due: float = 0.0
 
 
 def http_request(path: str, headers: Mapping[str, str], body: bytes) -> bytes:
@@ -164,7 +165,7 @@ async def open_loop(url: str, requests: Sequence[bytes], due: Sequence[float]) -
         tasks.append(asyncio.create_task(pool.ask(next(turn), began + at)))
     replies = await asyncio.gather(*tasks)
     pool.close()
-    return list(replies)
+    return [Reply(reply.status, reply.seconds, at) for reply, at in zip(replies, due, strict=True)]
 
 
 def poisson(rate: float, seconds: float, seed: int) -> list[float]:
@@ -184,8 +185,10 @@ def percentile_ms(replies: Sequence[Reply], percent: float) -> float:
 
 
 def goodput(replies: Sequence[Reply], limit_s: float, seconds: float) -> float:
-    """Replies a second that were right and in time."""
-    return sum(reply.status == 200 and reply.seconds <= limit_s for reply in replies) / seconds
+    """Replies a second that were right, in time, and there before the load ended: what is answered after it was not
+    done under it."""
+    good = (reply for reply in replies if reply.status == 200 and reply.seconds <= limit_s)
+    return sum(reply.due + reply.seconds <= seconds for reply in good) / seconds
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
