@@ -185,10 +185,10 @@ def percentile_ms(replies: Sequence[Reply], percent: float) -> float:
 
 
 def goodput(replies: Sequence[Reply], limit_s: float, seconds: float) -> float:
-    """Replies a second that were right, in time, and there before the load ended: what is answered after it was not
-    done under it."""
+    """Replies a second that were right, in time, and there before the load of `seconds` ended. The first `limit_s` are
+    left out: until then a queue without end is still short."""
     good = (reply for reply in replies if reply.status == 200 and reply.seconds <= limit_s)
-    return sum(reply.due + reply.seconds <= seconds for reply in good) / seconds
+    return sum(limit_s < reply.due + reply.seconds <= seconds for reply in good) / (seconds - limit_s)
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

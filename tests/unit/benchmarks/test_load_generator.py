@@ -55,8 +55,9 @@ def test_a_request_without_200_counts_as_all_of_the_clients_patience() -> None:
 
 
 def test_goodput_counts_what_was_right_in_time_and_under_load() -> None:
-    replies = [Reply(200, 0.5), Reply(200, 2.5), Reply(429, 0.01), Reply(200, 2.0, due=1.9), Reply(200, 1.0, due=3.1)]
-    assert goodput(replies, limit_s=2.0, seconds=4.0) == 0.5  # the last came after the end
+    early, late_reply, refused = Reply(200, 0.5), Reply(200, 2.5), Reply(429, 0.01, due=3.0)
+    after_the_end, good = Reply(200, 1.0, due=3.1), Reply(200, 2.0, due=1.9)
+    assert goodput([early, late_reply, refused, after_the_end, good], limit_s=2.0, seconds=4.0) == 0.5
 
 
 @asynccontextmanager
