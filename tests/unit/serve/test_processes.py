@@ -25,7 +25,7 @@ from patchsight_serve.processes import bind, shares
 from patchsight_serve.settings import ServeSettings
 
 PNG = {"Content-Type": "image/png"}
-PATIENCE_S = 60
+PATIENCE_S = 120
 
 
 class Group:
