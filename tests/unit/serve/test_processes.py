@@ -273,3 +273,20 @@ def test_a_process_that_stands_still_is_replaced(start: Callable[..., Group], pn
     until(url, "patchsight_processes", 2)
     group.process.send_signal(signal.SIGTERM)
     assert group.process.wait(PATIENCE_S) == 0
+
+
+def test_a_hangup_has_every_process_reload(
+    start: Callable[..., Group], make_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    repository = tmp_path / "repository"
+    make_bundle(repository / "a")
+    group = start(repository=repository)
+    (url,) = group.said(r"processes running on (http://\S+)")
+    make_bundle(repository / "b", license="mine")
+    group.process.send_signal(signal.SIGHUP)
+    group.said("reloaded: added b", times=2)
+    for _ in range(8):
+        reply = httpx.get(f"{url}/encoders", timeout=PATIENCE_S).json()
+        assert [e["name"] for e in reply["encoders"]] == ["a", "b"]
+    group.process.send_signal(signal.SIGTERM)
+    assert group.process.wait(PATIENCE_S) == 0

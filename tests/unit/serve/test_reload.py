@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
+from patchsight_serve import triton_discovery
 from patchsight_serve.app import create_app
 from patchsight_serve.decode import decode
-from patchsight_serve.encoder import Encoder
+from patchsight_serve.encoder import Encoder, RemoteEncoder
 from patchsight_serve.errors import BundleError, PatchsightError
 from patchsight_serve.fake_encoder import FakeEncoder
 from patchsight_serve.manifest import Manifest
@@ -315,6 +316,13 @@ def test_a_gallery_of_the_old_version_says_so(begin: Callable[..., TestClient], 
     for path in ("/gallery/images", "/neighbors"):
         reply = client.post(path, content=png, headers=IMAGE)
         assert (reply.status_code, reply.json()["error"]["code"]) == (409, "conflict")
+
+
+def test_of_triton_s_encoders_those_are_new_whose_manifest_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = {name: RemoteEncoder(Version(name, 2).manifest, "grpc://x:1") for name in ("a", "b", "c")}
+    monkeypatch.setattr(triton_discovery, "find_encoders", lambda *_: served)
+    known = {"a": served["a"].manifest, "b": Version("b", 1).manifest, "gone": Version("gone", 1).manifest}
+    assert triton_discovery.changes("grpc://x:1", known) == {"a": None, "b": served["b"], "c": served["c"]}
 
 
 def test_without_a_source_nothing_happens(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,6 +19,7 @@ def test_encoders(serving: Callable[..., TestClient], tiny_bundle: Path) -> None
     assert one == listed[1]
     assert one["sha256"] == tiny.manifest.sha256
     assert one["manifest"] == tiny.manifest.model_dump(mode="json")
+    assert one["runtime"] == {"engine": "onnxruntime", "precision": "fp32", "cosine": None}
     assert one["outputs"] == {
         "embedding": [8], "cls": [8], "mean": [8], "attention": [2, 4, 4], "patch_tokens": [4, 4, 8],
     }  # fmt: skip
