@@ -15,7 +15,7 @@ PROBES = frozenset({"/livez", "/readyz", "/metrics"})  # asked every few seconds
 
 
 class JsonLines(logging.Formatter):
-    """A record as one line of JSON: time (UTC), level, process, logger, message, what `fields` holds, and the exception."""
+    """A record as one line of JSON: time (UTC), level, process, logger, message, `fields`, exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, without its end."""
