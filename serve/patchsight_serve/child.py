@@ -15,13 +15,12 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from patchsight_serve.errors import PatchsightError
+from patchsight_serve.logs import set_up
 from patchsight_serve.server import Server, run
 from patchsight_serve.settings import ServeSettings
 from patchsight_serve.shared_metrics import SharedMetrics
 
 logger = logging.getLogger(__name__)
-
-FORMAT = "%(asctime)s %(levelname)s [%(process)d] %(name)s: %(message)s"
 
 
 class Told:
@@ -76,8 +75,7 @@ def child_main(
 ) -> None:
     """The whole of a process: serve, until told to leave or left alone."""
     os.setpgid(0, 0)  # Ctrl+C in a terminal is for the supervisor, who passes it on
-    logging.basicConfig(level=settings.log_level.upper(), format=FORMAT)
-    logging.getLogger("faiss").setLevel(logging.WARNING)
+    set_up(settings.log_level, settings.log_format, settings.access_log, several=True)
     threading.Thread(target=_leave_with_parent, daemon=True, name="parent").start()
     try:
         run(settings, partial(ChildServer, Told(connection), folder, slot), sockets)

@@ -15,7 +15,7 @@ PROBES = frozenset({"/livez", "/readyz", "/metrics"})  # asked every few seconds
 
 
 class JsonLines(logging.Formatter):
-    """A record as one line of JSON: time (UTC), level, logger, message, what `fields` holds, and the exception."""
+    """A record as one line of JSON: time (UTC), level, process, logger, message, `fields`, exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, without its end."""
@@ -23,6 +23,7 @@ class JsonLines(logging.Formatter):
         line: dict[str, Any] = {
             "time": f"{seconds}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
+            "process": record.process,
             "logger": record.name,
             "message": record.getMessage(),
             **getattr(record, "fields", {}),
@@ -32,10 +33,12 @@ class JsonLines(logging.Formatter):
         return orjson.dumps(line, default=str).decode()
 
 
-def set_up(level: str, form: str, requests: bool) -> None:
-    """Log from `level` on, as `text` or `json`, with a line for each request if `requests`."""
+def set_up(level: str, form: str, requests: bool, several: bool = False) -> None:
+    """Log from `level` on, as `text` or `json`, with a line for each request if `requests`, and with the process' id
+    in each line if it is one of `several`."""
     handler = logging.StreamHandler()
-    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    process = " [%(process)d]" if several else ""
+    text = logging.Formatter(f"%(asctime)s %(levelname)s{process} %(name)s: %(message)s")
     handler.setFormatter(JsonLines() if form == "json" else text)
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.getLogger("faiss").setLevel(logging.WARNING)  # tells which of its builds it tried, six lines long

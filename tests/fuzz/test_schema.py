@@ -14,8 +14,9 @@ from schemathesis.python.asgi import shutdown_lifespans
 LEFT_OUT = ["positive_data_acceptance", "negative_data_rejection", "ensure_resource_availability", "use_after_free"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def schema(new_app: Callable[[], Any]) -> Iterator[Any]:
+    """Of an application of its own: one that has been told to leave does not come back."""
     load_all_checks()
     yield schemathesis.openapi.from_asgi("/openapi.json", new_app())
     shutdown_lifespans()
