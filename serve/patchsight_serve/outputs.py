@@ -21,8 +21,9 @@ VECTORS = ("embedding", "cls", "mean", "both")
 
 def available(manifest: Manifest) -> dict[str, str]:
     """The public outputs that this encoder has, and what its graph calls them."""
+    there = manifest.outputs
     names = {output: name or f"{manifest.recommended}_embedding" for output, name in OUTPUTS.items()}
-    return {output: name for output, name in names.items() if name in manifest.outputs}
+    return {output: name for output, name in names.items() if name in there}
 
 
 def graph_name(output: str, manifest: Manifest, param: str = "outputs") -> str:

@@ -143,7 +143,6 @@ class Service:
         names = {output: graph_name(output, manifest) for output in outputs}
         wanted = tuple(dict.fromkeys(names.values()))
         good = [blob for blob in blobs if isinstance(blob, bytes)]
-
         own = 0
 
         async def work(indices: Sequence[int]) -> list[Encoded]:
@@ -155,9 +154,10 @@ class Service:
         async with self.admitted(len(blobs), loaded, bulk):
             keys = [(loaded, wanted, transform, Content(blob)) for blob in good]
             encoded = iter(await self.in_flight.run(keys, work))
-        self.metrics.shared.labels(manifest.name).inc(len(good) - own)
-        if timing is not None and not own:
-            timing.queue += time.perf_counter() - start
+        if own < len(good):
+            self.metrics.shared.labels(manifest.name).inc(len(good) - own)
+            if timing is not None and not own:
+                timing.queue += time.perf_counter() - start
         results: list[dict[str, Values] | PatchsightError] = []
         for blob in blobs:
             if isinstance(blob, PatchsightError):

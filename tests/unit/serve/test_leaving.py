@@ -63,7 +63,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def test_term_under_load_loses_no_request(start: Start, encode: Callable[..., bytes], tmp_path: Path) -> None:
     """Sixteen clients post pictures as fast as they can while the server is told to leave. It answers whatever
     it began to read, on connections that end with the answer, then listens no more, and has left with status 0."""
-    process, url = start("--drain-delay-s", "0.5")
+    process, url = start("--drain-delay-s", "2")
 
     def client(number: int) -> tuple[set[tuple[int, int]], int]:
         answered, late = set(), 0
