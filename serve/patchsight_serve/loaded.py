@@ -46,6 +46,6 @@ def with_engine(encoder: Encoder | RemoteEncoder, settings: ServeSettings, metri
         )  # fmt: skip
         return Loaded(encoder, remote)
     batcher = Batcher(
-        encoder, settings.max_batch, settings.max_queue, on_batch, settings.max_wait_s, settings.batch_timeout_s
+        encoder, settings.batch, settings.max_queue, on_batch, settings.max_wait_s, settings.batch_timeout_s
     )
     return Loaded(encoder, batcher)

@@ -63,7 +63,7 @@ def test_a_process_serves_and_leaves(start: Start, tiny_bundle: Path, png: bytes
     assert process.wait(60) == 0
     log = Path("log").read_text()
     assert "very-secret" not in log
-    assert "max_batch = 32" in log
+    assert "max_queue = 256" in log
     assert f"encoder tiny: none tiny, embeddings of 8 numbers, sha256 {encoder.manifest.sha256[:12]}" in log
     assert "license: CC0-1.0" in log
     assert "Traceback" not in log

@@ -72,3 +72,11 @@ def test_an_address_that_is_no_tritons(address: str, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("address", ["grpc://127.0.0.1:8001", "grpcs://triton.models.svc:8001", "grpc://[::1]:8001"])
 def test_an_address_of_triton(address: str) -> None:
     assert ServeSettings(triton=address).triton == address
+
+
+def test_a_batch_is_as_large_as_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    assert ServeSettings().batch == 16
+    assert ServeSettings(threads=1).batch == 4
+    assert ServeSettings(device="cuda").batch == 32
+    assert ServeSettings(device="cuda", max_batch=7).batch == 7
