@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -201,12 +201,13 @@ def main() -> None:
     parser.add_argument("--encoder", default="simclr-vit-tiny-photos")
     parser.add_argument("--batch", type=int, default=4, help="most images of a batch; one core gains nothing by more")
     parser.add_argument("--queue", type=int, default=16, help="most images in work, where a server can be told")
+    parser.add_argument("--rounds", type=int, default=FULL.rounds, help="of the full plan, 8 minutes each")
     parser.add_argument("--quick", action="store_true", help="one short round, which is neither saved nor published")
     arguments = parser.parse_args()
     stand_aside()
     names = sorted(arguments.servers, key=list(CONTENDERS).index)  # ours first: its rates are loads for the others
     bundle = ROOT / "model_repository" / arguments.encoder
-    figures = measure(names, QUICK if arguments.quick else FULL, bundle, arguments.batch, arguments.queue)
+    figures = measure(names, QUICK if arguments.quick else replace(FULL, rounds=arguments.rounds), bundle, arguments.batch, arguments.queue)
     print(tables(figures))
     if not arguments.quick:
         save("serving", figures)
