@@ -207,7 +207,13 @@ def main() -> None:
     stand_aside()
     names = sorted(arguments.servers, key=list(CONTENDERS).index)  # ours first: its rates are loads for the others
     bundle = ROOT / "model_repository" / arguments.encoder
-    figures = measure(names, QUICK if arguments.quick else replace(FULL, rounds=arguments.rounds), bundle, arguments.batch, arguments.queue)
+    figures = measure(
+        names,
+        QUICK if arguments.quick else replace(FULL, rounds=arguments.rounds),
+        bundle,
+        arguments.batch,
+        arguments.queue,
+    )
     print(tables(figures))
     if not arguments.quick:
         save("serving", figures)
