@@ -21,10 +21,12 @@ WAYS = ("in process", "on Triton")
 
 @pytest.fixture(scope="module")
 def urls(shared_serve: Callable[..., str], repository: Path, triton: Any) -> dict[str, str]:
-    """Both servers. The gallery of one must not be the other's."""
+    """Both servers, on ONNX Runtime. The gallery of one must not be the other's."""
     common = ("--no-sample-gallery", "--encoder", ENCODER, "--max-images", "96")
     return {
-        "in process": shared_serve("--model-repository", repository, "--state-dir", "here", *common),
+        "in process": shared_serve(
+            "--model-repository", repository, "--state-dir", "here", "--engine", "onnxruntime", *common
+        ),
         "on Triton": shared_serve("--triton", triton.address, "--state-dir", "there", *common),
     }
 
