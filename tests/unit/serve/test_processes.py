@@ -151,6 +151,7 @@ def test_all_answer_are_counted_replaced_and_leave(start: Callable[..., Group], 
     # The killed process had told of all but its last second.
     assert 0.3 * counts["200"] < sums["patchsight_images_total"] <= counts["200"] + broken
     until(url, "patchsight_admitted_images", 0)
+    time.sleep(3)  # each tells the other once a second what it has counted
     known = metrics(url)["patchsight_images_total"]
     for _ in range(20):
         assert httpx.post(f"{url}/embed", content=png, headers=PNG).status_code == 200
