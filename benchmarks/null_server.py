@@ -42,7 +42,7 @@ def ours(port: str, full: bool) -> None:
         settings = ServeSettings.from_command_line("null_server", flags)
         app = create_app({MANIFEST.name: NullEncoder()}, settings)
         if full:
-            app.state.service.engines[MANIFEST.name].max_queue = 0
+            app.state.service.loaded[MANIFEST.name].engine.max_queue = 0
         Server(app, settings).run()
 
 

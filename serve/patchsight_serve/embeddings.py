@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -197,10 +196,8 @@ def _head(head: str, manifest: Manifest) -> int | None:
 
 
 def _located(error: PatchsightError, index: int) -> PatchsightError:
-    """The error with its place; a copy, as another request may have sent the same image."""
-    located = copy(error)
-    located.param = error.param or f"images[{index}]"
-    return located
+    error.param = error.param or f"images[{index}]"
+    return error
 
 
 def _stack(results: Sequence[Mapping[str, Values]], outputs: Sequence[str], unit_length: bool) -> dict[str, Values]:

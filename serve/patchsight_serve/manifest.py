@@ -28,8 +28,8 @@ class Transform(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    # pillow-scaled: a JPEG whose shorter side is over twice `scaled_side` is decoded at 1/2, 1/4 or 1/8 of its size,
-    # which is several times as fast and moves the pixels a little.
+    # pillow-scaled: a JPEG whose shorter side is at least twice `scaled_side` is decoded at 1/2, 1/4 or 1/8 of its
+    # size, which is several times as fast and moves the pixels a little.
     decoder: Literal["pillow", "pillow-scaled"] = "pillow"
     resize: Positive  # pixels of the shorter side, before the crop
     filter: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"

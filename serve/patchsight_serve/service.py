@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from math import isqrt
 from typing import TypeVar
@@ -13,7 +14,7 @@ from typing import TypeVar
 from patchsight_serve.bodies import BodyLimits
 from patchsight_serve.decode import Limits, decode
 from patchsight_serve.encoder import Pixels, Values, default_name
-from patchsight_serve.engine import Engine, terms
+from patchsight_serve.engine import terms
 from patchsight_serve.errors import DeadlineExceeded, InvalidRequest, NotFound, NotReady, Overloaded, PatchsightError
 from patchsight_serve.in_flight import Content, InFlight
 from patchsight_serve.loaded import Loaded
@@ -59,14 +60,9 @@ class Service:
             self.metrics.watch_queue(name, lambda engine=loaded.engine: engine.admitted)  # type: ignore[misc]
 
     @property
-    def engines(self) -> dict[str, Engine]:
-        """By encoder."""
-        return {name: loaded.engine for name, loaded in self.loaded.items()}
-
-    @property
     def hung(self) -> bool:
         """An engine will never work again: the process has to be replaced."""
-        return any(engine.hung for engine in self.engines.values())
+        return any(loaded.engine.hung for loaded in self.loaded.values())
 
     def encoder(self, name: str | None = None) -> Loaded:
         """The encoder of that name; None is the default one. A request asks once, and keeps what it got: asked again,
@@ -110,8 +106,8 @@ class Service:
         """Return if requests can be answered right now. Raises NotReady."""
         if self.draining:
             raise NotReady("the server is shutting down")
-        proofs = (e.prove(self.settings.ready_age_s, PROOF_TIMEOUT_S) for e in self.engines.values())
-        await asyncio.gather(*proofs)
+        engines = [loaded.engine for loaded in self.loaded.values()]
+        await asyncio.gather(*(engine.prove(self.settings.ready_age_s, PROOF_TIMEOUT_S) for engine in engines))
 
     async def embed_images(
         self,
@@ -162,9 +158,9 @@ class Service:
         for blob in blobs:
             if isinstance(blob, PatchsightError):
                 self.metrics.rejected.labels(blob.code).inc()
-            result = blob if isinstance(blob, PatchsightError) else next(encoded)
-            if isinstance(result, PatchsightError):
-                results.append(result)
+                results.append(blob)
+            elif isinstance(result := next(encoded), PatchsightError):
+                results.append(copy(result))  # whose place in the request is added later; others may have the same
             else:
                 results.append({output: result[name] for output, name in names.items()})
         return results

@@ -122,3 +122,21 @@ def test_copies_within_a_request_cost_one_inference(
     both = client.post("/embed?outputs=cls,mean", content=png, headers={"Content-Type": "image/png"}).json()
     assert both["results"][0]["cls"] == results[0]["embedding"]
     assert encoder.images == before + 2
+
+
+def test_an_error_that_two_share_is_each_one_s_own(
+    serving: Callable[..., TestClient], bad_images: dict[str, tuple[bytes, int, str]]
+) -> None:
+    """Whoever asked says where in its request the image was: the other must not read that."""
+    client = serving()
+    service = client.app.state.service  # type: ignore[attr-defined]
+    bad, _, code = bad_images["truncated"]
+
+    async def both() -> list[list[object]]:
+        return await asyncio.gather(service.embed_images([bad, bad]), service.embed_images([bad]))
+
+    assert client.portal is not None
+    (one, two), (three,) = client.portal.call(both)
+    assert {error.code for error in (one, two, three)} == {code}
+    one.param = "images[0]"
+    assert (two.param, three.param) == (None, None)

@@ -46,7 +46,7 @@ def test_not_ready_while_draining_though_requests_are_answered(client: TestClien
 
 
 def test_not_ready_when_the_worker_is_dead(client: TestClient, png: bytes) -> None:
-    batcher = client.app.state.service.engines["fake"]  # type: ignore[attr-defined]
+    batcher = client.app.state.service.loaded["fake"].engine  # type: ignore[attr-defined]
     with batcher._wake:
         batcher._stopping = True
         batcher._wake.notify()
