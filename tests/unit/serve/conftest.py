@@ -1,6 +1,8 @@
 """Pictures in all their encodings, a tiny encoder bundle made of a few ONNX nodes, and a running application."""
 
 import io
+import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -169,6 +171,50 @@ def write_bundle(folder: Path, **changes: Any) -> Path:
 def make_bundle() -> Callable[..., Path]:
     """`make_bundle(folder, **manifest keys)`: a bundle of the tiny encoder; without a patch size, of its mean alone."""
     return write_bundle
+
+
+def rewrite_graph(bundle: Path, change: Callable[[onnx.ModelProto], object]) -> Path:
+    """Change the graph, and correct encoder.json's sha256, so that only the graph itself can be blamed."""
+    path = bundle / "1" / "model.onnx"
+    model = onnx.load(path)
+    change(model)
+    path.write_bytes(model.SerializeToString())
+    told = json.loads((bundle / "encoder.json").read_text())
+    (bundle / "encoder.json").write_text(json.dumps(told | {"sha256": sha256_of(path)}))
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def rewrite() -> Callable[[Path, Callable[[onnx.ModelProto], object]], Path]:
+    """`rewrite(bundle, change)`: see `rewrite_graph`."""
+    return rewrite_graph
+
+
+@pytest.fixture(scope="session")
+def until() -> Callable[[Callable[[], object]], None]:
+    """`until(condition)`: waits for up to a minute."""
+
+    def until(condition: Callable[[], object]) -> None:
+        for _ in range(1200):
+            if condition():
+                return
+            time.sleep(0.05)
+        raise AssertionError("it never came true")
+
+    return until
+
+
+@pytest.fixture(scope="module")
+def strict_serve(shared_serve: Callable[..., str], tiny_bundle: Path) -> Callable[[int, int, int], str]:
+    """`strict_serve(seconds for a head, seconds for the rest, connections)`: a real server with such limits."""
+
+    def serve(header_timeout_s: int, timeout_s: int, connections: int) -> str:
+        return shared_serve(
+            "--model-repository", tiny_bundle.parent, "--threads", 1, "--no-sample-gallery", "--drain-delay-s", 0,
+            "--header-timeout-s", header_timeout_s, "--timeout-s", timeout_s, "--max-connections", connections,
+        )  # fmt: skip
+
+    return serve
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import httpx
 import pytest
@@ -19,11 +18,8 @@ GET = b"GET /livez HTTP/1.1\r\nHost: x\r\n"
 
 
 @pytest.fixture(scope="module")
-def url(shared_serve: Callable[..., str], tiny_bundle: Path) -> str:
-    return shared_serve(
-        "--model-repository", tiny_bundle.parent, "--threads", 1, "--no-sample-gallery", "--drain-delay-s", 0,
-        "--header-timeout-s", HEADER_TIMEOUT, "--timeout-s", TIMEOUT, "--max-connections", MOST,
-    )  # fmt: skip
+def url(strict_serve: Callable[[int, int, int], str]) -> str:
+    return strict_serve(HEADER_TIMEOUT, TIMEOUT, MOST)
 
 
 @pytest.fixture

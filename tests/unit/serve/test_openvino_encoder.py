@@ -11,25 +11,13 @@ import pytest
 
 from patchsight_serve import openvino_encoder
 from patchsight_serve.errors import BundleError
-from patchsight_serve.manifest import sha256_of
 from patchsight_serve.openvino_encoder import OpenvinoEncoder
 from patchsight_serve.ort_encoder import OrtEncoder
 from patchsight_serve.trial_pictures import noise
 
 
-def rewrite(bundle: Path, change: Callable[[onnx.ModelProto], object]) -> Path:
-    """Change the graph, and correct encoder.json's sha256, so that only the graph itself can be blamed."""
-    path = bundle / "1" / "model.onnx"
-    model = onnx.load(path)
-    change(model)
-    path.write_bytes(model.SerializeToString())
-    told = json.loads((bundle / "encoder.json").read_text())
-    (bundle / "encoder.json").write_text(json.dumps(told | {"sha256": sha256_of(path)}))
-    return bundle
-
-
 @pytest.fixture
-def any_size(make_bundle: Callable[..., Path], tmp_path: Path) -> Path:
+def any_size(make_bundle: Callable[..., Path], tmp_path: Path, rewrite: Callable[..., Path]) -> Path:
     """A mean of cells, of pictures of any size."""
 
     def open_axes(model: onnx.ModelProto) -> None:
@@ -108,7 +96,9 @@ def test_without_the_extra_the_error_names_it(tiny_bundle: Path, monkeypatch: py
         OpenvinoEncoder(tiny_bundle)
 
 
-def test_a_graph_that_says_something_else_is_refused(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_graph_that_says_something_else_is_refused(
+    make_bundle: Callable[..., Path], tmp_path: Path, rewrite: Callable[..., Path]
+) -> None:
     bundle = make_bundle(tmp_path / "tiny")
     told = json.loads((bundle / "encoder.json").read_text())
     (bundle / "encoder.json").write_text(json.dumps(told | {"license": "mine"}))
@@ -118,7 +108,9 @@ def test_a_graph_that_says_something_else_is_refused(make_bundle: Callable[..., 
         OpenvinoEncoder(rewrite(make_bundle(tmp_path / "mute"), lambda model: model.ClearField("metadata_props")))
 
 
-def test_a_graph_of_another_shape_is_refused(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_graph_of_another_shape_is_refused(
+    make_bundle: Callable[..., Path], tmp_path: Path, rewrite: Callable[..., Path]
+) -> None:
     def drop(model: onnx.ModelProto) -> None:
         del model.graph.output[2]
 
@@ -128,7 +120,9 @@ def test_a_graph_of_another_shape_is_refused(make_bundle: Callable[..., Path], t
         OpenvinoEncoder(make_bundle(tmp_path / "small", transform={"resize": 32, "crop": 32}))
 
 
-def test_a_graph_that_openvino_cannot_read_is_refused(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_graph_that_openvino_cannot_read_is_refused(
+    make_bundle: Callable[..., Path], tmp_path: Path, rewrite: Callable[..., Path]
+) -> None:
     def strange(model: onnx.ModelProto) -> None:
         model.graph.node[1].op_type, model.graph.node[1].domain = "Unheard", "of.nobody"
         model.opset_import.append(onnx.helper.make_opsetid("of.nobody", 1))

@@ -43,7 +43,9 @@ def test_a_mean_alone_is_that_of_the_whole_graph(tiny_bundle: Path, mean_bundle:
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_a_resnet_that_promises_attention_is_refused(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_resnet_that_promises_attention_is_refused(
+    make_bundle: Callable[..., Path], tmp_path: Path, rewrite: Callable[..., Path]
+) -> None:
     """encoder.json and the graph's own words agree with each other, but not with the graph."""
     bundle = make_bundle(tmp_path / "resnet", patch_size=None, num_heads=None)
 
@@ -57,17 +59,6 @@ def test_a_resnet_that_promises_attention_is_refused(make_bundle: Callable[..., 
         OrtEncoder(rewrite(bundle, promise))
 
 
-def rewrite(bundle: Path, change: Callable[[onnx.ModelProto], object]) -> Path:
-    """Change the graph, and correct encoder.json's sha256, so that only the graph itself can be blamed."""
-    path = bundle / "1" / "model.onnx"
-    model = onnx.load(path)
-    change(model)
-    path.write_bytes(model.SerializeToString())
-    told = json.loads((bundle / "encoder.json").read_text())
-    (bundle / "encoder.json").write_text(json.dumps(told | {"sha256": sha256_of(path)}))
-    return bundle
-
-
 def test_a_graph_that_says_something_else_is_refused(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "tiny")
     told = json.loads((bundle / "encoder.json").read_text())
@@ -76,13 +67,17 @@ def test_a_graph_that_says_something_else_is_refused(make_bundle: Callable[..., 
         OrtEncoder(bundle)
 
 
-def test_a_graph_without_metadata_is_refused(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_graph_without_metadata_is_refused(
+    make_bundle: Callable[..., Path], tmp_path: Path, rewrite: Callable[..., Path]
+) -> None:
     bundle = rewrite(make_bundle(tmp_path / "tiny"), lambda model: model.ClearField("metadata_props"))
     with pytest.raises(BundleError, match="no metadata 'patchsight'"):
         OrtEncoder(bundle)
 
 
-def test_a_graph_without_a_promised_output_is_refused(make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_graph_without_a_promised_output_is_refused(
+    make_bundle: Callable[..., Path], tmp_path: Path, rewrite: Callable[..., Path]
+) -> None:
     def drop(model: onnx.ModelProto) -> None:
         del model.graph.output[2]
 

@@ -4,7 +4,6 @@ import asyncio
 import concurrent.futures
 import gc
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -129,14 +128,6 @@ def embed(client: TestClient, png: bytes, encoder: str) -> tuple[int, float]:
     return int(reply.headers["X-Encoder-Sha256"], 16), round(version, 3)
 
 
-def until(condition: Callable[[], object]) -> None:
-    for _ in range(1200):
-        if condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError("it never came true")
-
-
 def test_encoders_come_change_and_go(begin: Callable[..., TestClient], shelf: Shelf, png: bytes) -> None:
     client = begin(Version("a", 1), Version("b", 1), Version("c", 1))
     shelf.holds = {"a": Version("a", 2), "c": shelf.holds["c"], "d": Version("d", 7)}
@@ -211,7 +202,7 @@ def test_the_encoder_that_the_settings_name_stays(begin: Callable[..., TestClien
 
 @pytest.mark.usefixtures("no_collector")
 def test_a_request_ends_on_what_it_began_with_and_then_that_is_given_back(
-    begin: Callable[..., TestClient], shelf: Shelf, png: bytes
+    begin: Callable[..., TestClient], shelf: Shelf, png: bytes, until: Callable[..., None]
 ) -> None:
     gate = threading.Event()
     gate.set()
@@ -237,7 +228,7 @@ def test_a_request_ends_on_what_it_began_with_and_then_that_is_given_back(
 
 
 def test_a_request_whose_body_is_on_its_way_keeps_its_encoder(
-    begin: Callable[..., TestClient], shelf: Shelf, png: bytes
+    begin: Callable[..., TestClient], shelf: Shelf, png: bytes, until: Callable[..., None]
 ) -> None:
     """Its size and outputs were checked against the old one; the new one may have neither."""
     client = begin(Version("a", 1))
@@ -290,7 +281,7 @@ def test_a_request_whose_body_is_on_its_way_keeps_its_encoder(
 
 
 def test_a_wish_during_a_reload_makes_one_more_and_no_request_waits(
-    begin: Callable[..., TestClient], shelf: Shelf, png: bytes
+    begin: Callable[..., TestClient], shelf: Shelf, png: bytes, until: Callable[..., None]
 ) -> None:
     client = begin(Version("a", 1))
     shelf.gate.clear()

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,6 @@ from patchsight_serve.ort_encoder import OrtEncoder
 
 IMAGE = {"Content-Type": "image/png"}
 VERSIONS = 3
-
-
-def until(condition: Callable[[], object]) -> None:
-    for _ in range(1200):
-        if condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError("it never came true")
 
 
 @pytest.fixture
@@ -54,7 +45,7 @@ def versions(make_bundle: Callable[..., Path], tmp_path: Path) -> dict[str, list
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., tuple["subprocess.Popen[bytes]", str]]]:
+def serve(tmp_path: Path, until: Callable[..., None]) -> Iterator[Callable[..., tuple["subprocess.Popen[bytes]", str]]]:
     processes: list[subprocess.Popen[bytes]] = []
     log = tmp_path / "log"
 
@@ -89,7 +80,13 @@ def resident(process: "subprocess.Popen[bytes]") -> int:
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("reloads", [5, pytest.param(50, marks=pytest.mark.acceptance)])
 def test_two_encoders_reloaded_under_load(
-    serve: Callable[..., Any], versions: dict[str, list[Path]], tmp_path: Path, png: bytes, reloads: int, engine: str
+    serve: Callable[..., Any],
+    versions: dict[str, list[Path]],
+    tmp_path: Path,
+    png: bytes,
+    reloads: int,
+    engine: str,
+    until: Callable[..., None],
 ) -> None:
     """Four clients without a pause: no request fails, no reply mixes versions, and memory comes back."""
     expected = {}
@@ -144,7 +141,7 @@ def test_two_encoders_reloaded_under_load(
 
 
 def test_added_removed_and_damaged_by_hangup(
-    serve: Callable[..., Any], versions: dict[str, list[Path]], tmp_path: Path, png: bytes
+    serve: Callable[..., Any], versions: dict[str, list[Path]], tmp_path: Path, png: bytes, until: Callable[..., None]
 ) -> None:
     repository, log = tmp_path / "repository", tmp_path / "log"
     put(versions["a"][0], repository)
@@ -176,7 +173,7 @@ def test_added_removed_and_damaged_by_hangup(
 
 
 def test_a_hangup_of_the_terminal_ends_the_process(
-    serve: Callable[..., Any], versions: dict[str, list[Path]], tmp_path: Path
+    serve: Callable[..., Any], versions: dict[str, list[Path]], tmp_path: Path, until: Callable[..., None]
 ) -> None:
     put(versions["a"][0], tmp_path / "repository")
     master, terminal = pty.openpty()

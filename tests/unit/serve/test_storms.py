@@ -8,7 +8,6 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import httpx
 import numpy as np
@@ -22,11 +21,8 @@ RST = struct.pack("ii", 1, 0)  # SO_LINGER: close by a reset
 
 
 @pytest.fixture(scope="module")
-def url(shared_serve: Callable[..., str], tiny_bundle: Path) -> str:
-    return shared_serve(
-        "--model-repository", tiny_bundle.parent, "--threads", 1, "--no-sample-gallery", "--drain-delay-s", 0,
-        "--header-timeout-s", HEADER_TIMEOUT, "--timeout-s", TIMEOUT, "--max-connections", MOST,
-    )  # fmt: skip
+def url(strict_serve: Callable[[int, int, int], str]) -> str:
+    return strict_serve(HEADER_TIMEOUT, TIMEOUT, MOST)
 
 
 class Steady(threading.Thread):
