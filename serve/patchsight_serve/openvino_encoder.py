@@ -1,6 +1,7 @@
 """An encoder in this process, run by OpenVINO on the CPU. Needs the extra `openvino`."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,12 +43,17 @@ class OpenvinoEncoder:
         try:
             model = core.read_model(graph)
             self._check(model)
-            compiled = core.compile_model(model, "CPU", {
+            options = {
                 "INFERENCE_PRECISION_HINT": HINTS[precision],  # always: by itself OpenVINO takes bf16 where there is
                 "INFERENCE_NUM_THREADS": threads or 0,
                 "PERFORMANCE_HINT": "LATENCY",  # one run at a time, by all threads
                 "ENABLE_CPU_PINNING": False,  # several encoders, decoding and the event loop share the cores
-            })  # fmt: skip
+            }
+            # OpenVINO gives the thread that loads a graph another stack for signals. At the graph's end it puts back
+            # the one of before, though that may be of a graph that is gone, and the next signal would end the process.
+            # A thread of its own has none before.
+            with ThreadPoolExecutor(1) as thread:
+                compiled = thread.submit(core.compile_model, model, "CPU", options).result()
             self._request = compiled.create_infer_request()
         except RuntimeError as error:
             raise BundleError(f"{bundle.name}: OpenVINO cannot load 1/model.onnx: {error}") from error

@@ -1,6 +1,7 @@
 """OpenVINO against ONNX Runtime on the tiny bundles, and what must be refused."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -129,3 +130,25 @@ def test_a_graph_that_openvino_cannot_read_is_refused(
 
     with pytest.raises(BundleError, match="strange: OpenVINO cannot load"):
         OpenvinoEncoder(rewrite(make_bundle(tmp_path / "strange"), strange))
+
+
+SIGNALS = """
+import gc, signal, sys
+from pathlib import Path
+from patchsight_serve.openvino_encoder import OpenvinoEncoder
+
+signal.signal(signal.SIGINT, lambda *_: print("heard"))
+one, other = (OpenvinoEncoder(Path(sys.argv[1]), 1) for _ in range(2))
+signal.raise_signal(signal.SIGINT)
+for name in ("one", "other"):
+    del globals()[name]
+    gc.collect()
+    signal.raise_signal(signal.SIGINT)
+"""
+
+
+def test_signals_are_heard_while_encoders_come_and_go(tiny_bundle: Path) -> None:
+    """OpenVINO gives the thread that loads a graph another stack for signals, and at the graph's end the one of before,
+    which by then may be that of a graph that is gone: the next signal would be the end of the process."""
+    done = subprocess.run([sys.executable, "-c", SIGNALS, tiny_bundle], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, 3 * "heard\n"), done.stderr
