@@ -2,12 +2,12 @@
 
 import logging
 from collections.abc import AsyncIterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -18,6 +18,7 @@ from patchsight_serve.auth import BearerAuth
 from patchsight_serve.bodies import BodyLimits
 from patchsight_serve.collection import Galleries, NoGalleries
 from patchsight_serve.decode import Limits
+from patchsight_serve.decoders import Decoders
 from patchsight_serve.encoder import Encoder, RemoteEncoder
 from patchsight_serve.errors import BundleError, InvalidRequest, NotReady, PatchsightError
 from patchsight_serve.loaded import with_engine
@@ -38,6 +39,9 @@ DESCRIPTION = """Embeddings, attention and neighbors of images, by encoders that
 An error is always `{"error": {"code", "message", "param"}}`. Every reply has an `X-Request-ID`, yours if you send one.
 """
 
+# Of FastAPI, which looks for OpenTelemetry with every request, and may send to where the environment says.
+NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+
 
 def create_app(
     encoders: Mapping[str, Encoder | RemoteEncoder], settings: ServeSettings, source: Source | None = None
@@ -57,6 +61,7 @@ def create_app(
         description=DESCRIPTION,
         docs_url=None,  # FastAPI's pages load their scripts from elsewhere
         redoc_url=None,
+        telemetry=NO_TELEMETRY,
         lifespan=_lifespan,
         middleware=[
             Middleware(Observe, metrics=service.metrics, leaving=lambda: service.draining),
@@ -109,13 +114,12 @@ def _middleware_for_pages(settings: ServeSettings) -> list[Middleware]:
 
 def _service(encoders: Mapping[str, Encoder | RemoteEncoder], settings: ServeSettings) -> Service:
     metrics = Metrics()
-    pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
     return Service(
         loaded={name: with_engine(encoder, settings, metrics) for name, encoder in encoders.items()},
         settings=settings,
         limits=Limits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_pixels),
         body_limits=BodyLimits(settings.max_body_bytes, settings.max_images, settings.timeout_s),
-        pool=pool,
+        decoders=Decoders(settings.decode_threads),
         metrics=metrics,
     )
 
@@ -124,7 +128,7 @@ def _service(encoders: Mapping[str, Encoder | RemoteEncoder], settings: ServeSet
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     service: Service = app.state.service
     async with AsyncExitStack() as stack:
-        stack.callback(service.pool.shutdown, wait=False, cancel_futures=True)
+        stack.callback(service.decoders.close)
         await stack.enter_async_context(app.state.reloader)
         try:
             await service.prove_ready()  # the first inference is slow: better now than for a user

@@ -97,9 +97,9 @@ class Batcher(Admission):
             self._waiting.extend(items)
             self._wake.notify()
         try:
-            results = await asyncio.gather(*(item.future for item in items))
+            results = [await items[0].future] if len(items) == 1 else await asyncio.gather(*(i.future for i in items))
         except asyncio.CancelledError:
-            with self._wake:  # gather cancelled the futures; their images must not wait for a worker that may hang
+            with self._wake:  # the futures are cancelled; their images must not wait for a worker that may hang
                 self._waiting.drop()
             raise
         if not items:

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 from starlette.datastructures import FormData
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from patchsight_serve.errors import DeadlineExceeded, InvalidRequest, PatchsightError, TooLarge, UnsupportedImage
 
@@ -172,7 +172,12 @@ async def _counted(request: Request, limits: BodyLimits) -> AsyncGenerator[bytes
     if announced.isdecimal() and int(announced) > limits.max_bytes:
         raise _too_long(int(announced), limits)
     total = 0
-    async for chunk in request.stream():
+    more = True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunk, more = message.get("body", b""), message.get("more_body", False)
         total += len(chunk)
         if total > limits.max_bytes:
             raise _too_long(total, limits)

@@ -1,6 +1,5 @@
 """`POST /embed` and `POST /attention`: images in, numbers or a picture out."""
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -165,8 +164,7 @@ async def attention(
     if mass is not None:
         chosen = keep_mass(chosen, mass)
     if shown is not None:
-        loop = asyncio.get_running_loop()
-        png = await loop.run_in_executor(service.pool, overlay, shown, chosen, mass is not None)
+        png = await service.decoders.run(overlay, shown, chosen, mass is not None)
         return Response(png, media_type=PNG)
     if media_type == JSON:
         return json_reply({"encoder": identity(manifest), "attention": packed(chosen)})
@@ -204,7 +202,7 @@ def _stack(results: Sequence[Mapping[str, Values]], outputs: Sequence[str], unit
     """By output, `(N, …)` over the images that went well; nothing if there are none."""
     if not results:
         return {}
-    arrays = {output: np.stack([result[output] for result in results]) for output in outputs}
+    arrays = {output: np.concatenate([result[output][None] for result in results]) for output in outputs}
     return {o: to_unit_length(a) if unit_length and o in VECTORS else a for o, a in arrays.items()}
 
 

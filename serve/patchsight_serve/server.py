@@ -16,6 +16,7 @@ from typing import cast
 import uvicorn
 from fastapi import FastAPI
 
+from patchsight_serve import memory
 from patchsight_serve.app import create_app
 from patchsight_serve.connection import Connection, ConnectionLimits, allow_open_files
 from patchsight_serve.encoder import Encoder, RemoteEncoder
@@ -70,6 +71,11 @@ class Server(uvicorn.Server):
     def hung(self) -> bool:
         """An encoder hangs."""
         return self._service.hung
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, once all is loaded."""
+        await super().startup(sockets)
+        memory.settle()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature is a signal handler's
         """Begin to leave."""

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from copy import copy
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import TypeVar
 
 from patchsight_serve.bodies import BodyLimits
 from patchsight_serve.decode import Limits, decode
+from patchsight_serve.decoders import Decoders
 from patchsight_serve.encoder import Pixels, Values, default_name
 from patchsight_serve.engine import terms
 from patchsight_serve.errors import DeadlineExceeded, InvalidRequest, NotFound, NotReady, Overloaded, PatchsightError
@@ -42,7 +42,7 @@ class Service:
     settings: ServeSettings
     limits: Limits  # of one image
     body_limits: BodyLimits  # of one request
-    pool: ThreadPoolExecutor  # decodes and draws; as many threads as `settings.decode_threads`
+    decoders: Decoders
     metrics: Metrics
     draining: bool = False  # told to stop: not ready any more, but requests are still answered
     failed: Mapping[str, str] = field(default_factory=dict)  # what the last reload could not load, and why
@@ -50,8 +50,6 @@ class Service:
     visits: Visits = field(default_factory=Visits)
 
     def __post_init__(self) -> None:
-        # The pool is first come, first served: bulk work that filled its queue would hold everybody up.
-        self._bulk_decodes = asyncio.Semaphore(self.settings.decode_threads)
         self.watch_queues()
 
     def watch_queues(self) -> None:
@@ -211,17 +209,9 @@ class Service:
                 logger.exception("an image of %d bytes could not be read", len(data))
                 return PatchsightError("the image could not be read")
 
-        loop = asyncio.get_running_loop()
-
-        async def one_in_turn(data: bytes) -> T | PatchsightError:
-            async with self._bulk_decodes:
-                return await loop.run_in_executor(self.pool, one, data)
-
-        good = [b for b in blobs if isinstance(b, bytes)]
-        if terms.get().bulk:
-            done = iter(await asyncio.gather(*(one_in_turn(b) for b in good)))
-        else:
-            done = iter(await asyncio.gather(*(loop.run_in_executor(self.pool, one, b) for b in good)))
+        run = self.decoders.run_as_bulk if terms.get().bulk else self.decoders.run
+        running = [run(one, b) for b in blobs if isinstance(b, bytes)]
+        done = iter([await running[0]] if len(running) == 1 else await asyncio.gather(*running))
         spent = time.perf_counter() - start
         self.metrics.decode.observe(spent)
         if timing is not None:

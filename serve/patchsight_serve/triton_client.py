@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Sequence
 from typing import Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
+from grpc import ChannelConnectivity
 from tritonclient.grpc import InferInput, InferRequestedOutput
 from tritonclient.grpc.aio import InferenceServerClient, InferResult
 from tritonclient.utils import InferenceServerException
@@ -36,7 +37,8 @@ class TritonFailure(NotReady):
 
 
 class Triton:
-    """Channels to one server; each call takes the one with the fewest calls under way. For one event loop.
+    """Channels to one server; each call takes, of those that are connected, the one with the fewest calls under way.
+    For one event loop.
 
     address: grpc://HOST:PORT, or grpcs:// for TLS.
 
@@ -66,7 +68,7 @@ class Triton:
         priority: int,
     ) -> InferResult:  # fmt: skip
         """One inference. It leaves Triton's queue after `timeout_s`, and is given up then."""
-        index = self._under_way.index(min(self._under_way))
+        index = self._least_busy()
         self._under_way[index] += 1
         try:
             return await said(
@@ -78,9 +80,17 @@ class Triton:
         finally:
             self._under_way[index] -= 1
 
+    def _least_busy(self) -> int:
+        """A channel that waits before it connects again fails each call at once, and so is never busy: after a server's
+        restart it would draw all calls away from those that are back already. If none is connected, any one will say
+        why."""
+        states = [client._channel.get_state(try_to_connect=True) for client in self._clients]  # noqa: SLF001 - no other way
+        there = [i for i, state in enumerate(states) if state is ChannelConnectivity.READY]
+        return min(there or range(self._count), key=self._under_way.__getitem__)
+
     async def manifests(self, timeout_s: float) -> dict[str, Manifest]:
         """The encoders among its loaded models, by name. Raises also BundleError."""
-        client = self._clients[0]
+        client = self.client
         index = await said(client.get_model_repository_index(client_timeout=timeout_s))
         found = {}
         for name in sorted({model.name for model in index.models if model.state == "READY"}):
@@ -92,20 +102,20 @@ class Triton:
 
     async def loaded(self, model: str, timeout_s: float) -> bool:
         """Triton counts it as ready, which it does for one whose worker has died, too."""
-        return bool(await said(self._clients[0].is_model_ready(model, client_timeout=timeout_s)))
+        return bool(await said(self.client.is_model_ready(model, client_timeout=timeout_s)))
 
     async def load(self, model: str, timeout_s: float) -> None:
         """Returns once it is loaded."""
-        await said(self._clients[0].load_model(model, client_timeout=timeout_s))
+        await said(self.client.load_model(model, client_timeout=timeout_s))
 
     async def unload(self, model: str, timeout_s: float) -> None:
         """Returns at once; the model goes when its requests are answered."""
-        await said(self._clients[0].unload_model(model, client_timeout=timeout_s))
+        await said(self.client.unload_model(model, client_timeout=timeout_s))
 
     @property
     def client(self) -> Any:
-        """For what is asked once: shared memory."""
-        return self._clients[0]
+        """For what is asked once."""
+        return self._clients[self._least_busy()]
 
 
 def on_this_host(address: str) -> bool:

@@ -1,7 +1,11 @@
 """docs/security.md names every limit with the default that it has."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
 
 from patchsight_serve.connection import MAX_HEAD, MAX_PIPELINED
 from patchsight_serve.decode import Limits
@@ -33,3 +37,18 @@ def test_what_is_closed_by_default() -> None:
     settings = ServeSettings()
     assert (settings.host, settings.allow_anonymous, settings.cors_origins) == ("127.0.0.1", False, "")
     assert "listens on 127.0.0.1" in PAGE
+
+
+def test_nobody_is_told_of_a_request(
+    serving: Callable[..., TestClient], png: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FastAPI would send traces, metrics and logs to an address from the environment, and look with each request for
+    others who want them."""
+    asked: list[str] = []
+    monkeypatch.setenv("FASTAPI_OTEL_AUTO_CONFIGURE", "true")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
+    for name in ("trace.get_tracer_provider", "metrics.get_meter_provider", "_logs.get_logger_provider"):
+        monkeypatch.setattr(f"opentelemetry.{name}", lambda name=name: asked.append(name))
+    client = serving()
+    assert client.post("/embed", content=png).status_code == 200
+    assert not asked
