@@ -66,7 +66,7 @@ def create_app(
         middleware=[
             Middleware(Observe, metrics=service.metrics, leaving=lambda: service.draining),
             *_middleware_for_pages(settings),
-            Middleware(BearerAuth, keys=settings.keys),
+            *([Middleware(BearerAuth, keys=settings.keys)] if settings.keys else []),
             Middleware(Visiting, visits=service.visits),
         ],
         responses={"4XX": {"model": ErrorReply, "description": "The request cannot be answered."}},

@@ -14,7 +14,7 @@ OPEN_BELOW = "/static/"
 
 
 class BearerAuth:
-    """ASGI middleware: `Authorization: Bearer KEY` on every path that is not open. Without keys everybody may call."""
+    """ASGI middleware: `Authorization: Bearer KEY` on every path that is not open."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self.app = app
@@ -22,7 +22,7 @@ class BearerAuth:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on what may pass."""
-        if scope["type"] == "http" and self._keys and not self._may_pass(scope):
+        if scope["type"] == "http" and not self._may_pass(scope):
             error = Unauthorized("this server needs an API key: Authorization: Bearer KEY", "Authorization")
             await error_reply(error)(scope, receive, send)
         else:

@@ -100,6 +100,7 @@ async def embed(
     media_type = negotiate(request.headers.get("accept"), (JSON, NPY, NPZ, RAW))
     if media_type in (NPY, RAW) and len(wanted) > 1:
         raise InvalidRequest(f"{media_type} holds one output, {len(wanted)} were asked for; {NPZ} holds all", "outputs")
+    service.refuse_if_full(loaded, priority == "bulk")
     images = await read_images(request, service.body_limits)
     request.state.timing.images = len(images)
     async with while_connected(request):
@@ -143,6 +144,7 @@ async def attention(
     transform = _transform(service.transform(manifest, size), fitted)
     grid = transform.crop // manifest.size_step
     media_type = negotiate(request.headers.get("accept"), (PNG, JSON, NPY, RAW))
+    service.refuse_if_full(loaded)
     images = await read_images(request, replace(service.body_limits, max_images=1))
     request.state.timing.images = len(images)
 

@@ -49,6 +49,9 @@ class Engine(Protocol):
     def admit(self, images: int, timeout_s: float, bulk: bool = False) -> AbstractAsyncContextManager[None]:
         """As in `Admission`."""
 
+    def check(self, images: int, timeout_s: float, bulk: bool = False) -> None:
+        """As in `Admission`."""
+
     async def run(self, images: Sequence[Pixels], outputs: Sequence[str]) -> tuple[list[Result], Timing]:
         """Encode images that are already admitted.
 
@@ -100,7 +103,7 @@ class Admission:
         Raises Overloaded at once, and holds none, if there are not as many places, or those before it take too long;
         DeadlineExceeded when time is up.
         """
-        self._check(images, min(timeout_s, self.max_wait_s), bulk)
+        self.check(images, timeout_s, bulk)
         self.admitted += images
         self._bulk += images * bulk
         token = terms.set(Terms(asyncio.get_running_loop().time() + timeout_s, bulk))
@@ -114,7 +117,9 @@ class Admission:
             self.admitted -= images
             self._bulk -= images * bulk
 
-    def _check(self, images: int, patience_s: float, bulk: bool) -> None:
+    def check(self, images: int, timeout_s: float, bulk: bool = False) -> None:
+        """Raise Overloaded where `admit` would."""
+        patience_s = min(timeout_s, self.max_wait_s)
         wait_s = self._ahead(bulk) * (self.pace.seconds_per_image or 0.0)
         if self.admitted + images > self.max_queue:
             why = f"{self.admitted} images are in work, {images} more would pass the limit of {self.max_queue}"

@@ -6,6 +6,8 @@ import gc
 
 YOUNG = 10_000  # objects that were made and are not gone again, before Python looks for cycles among them
 
+_AS_IT_WAS = gc.get_threshold()
+
 
 def settle() -> None:
     """Look through all objects once, and let those that are there out of every later search for cycles. They stay as
@@ -15,6 +17,12 @@ def settle() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG)
+
+
+def unsettle() -> None:
+    """Undo `settle`, for a process that goes on without a server."""
+    gc.unfreeze()
+    gc.set_threshold(*_AS_IT_WAS)
 
 
 def give_back() -> None:

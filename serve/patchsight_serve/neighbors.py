@@ -91,6 +91,7 @@ async def of_uploaded(
         query, ids = await asyncio.to_thread(_of_examples, gallery, body)
         return await _reply(gallery, query, wanted, ids, gallery.encoder)
     loaded = encoder_of(service, gallery, encoder)
+    service.refuse_if_full(loaded)
     images = await read_images(request, replace(service.body_limits, max_images=1))
     request.state.timing.images = len(images)
     async with while_connected(request):

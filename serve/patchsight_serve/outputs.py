@@ -16,6 +16,7 @@ OUTPUTS = {
     "attention": "attention",
     "patch_tokens": "patch_tokens",
 }
+_LEAST = np.finfo(np.float32).tiny  # in place of 0
 VECTORS = ("embedding", "cls", "mean", "both")
 
 
@@ -43,6 +44,5 @@ def to_unit_length(vectors: Values) -> Values:
     """`(..., D)` to length 1 along the last axis; a vector of zeros stays one."""
     # As np.linalg.norm has it, bit for bit, in half the time.
     length: Values = np.sqrt(np.add.reduce(vectors * vectors, axis=-1, keepdims=True))
-    length[length == 0] = 1
-    unit: Values = vectors / length
+    unit: Values = vectors / np.maximum(length, _LEAST, out=length)
     return unit

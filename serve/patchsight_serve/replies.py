@@ -90,8 +90,8 @@ def array_reply(arrays: Mapping[str, Values], media_type: str, manifest: Manifes
     npz holds them all; npy and octet-stream hold one, and raise InvalidRequest if there are more.
     """
     headers = {"X-Encoder": manifest.name, "X-Encoder-Sha256": manifest.sha256}
-    file = io.BytesIO()
     if media_type == NPZ:
+        file = io.BytesIO()
         np.savez(file, allow_pickle=False, **{name: a.astype("<f4") for name, a in arrays.items()})
         return Response(file.getvalue(), 200, headers, NPZ)
     if len(arrays) != 1:
@@ -101,6 +101,7 @@ def array_reply(arrays: Mapping[str, Values], media_type: str, manifest: Manifes
     (array,) = (np.ascontiguousarray(a, "<f4") for a in arrays.values())
     headers |= {"X-Shape": ",".join(map(str, array.shape)), "X-Dtype": "float32"}
     if media_type == NPY:
+        file = io.BytesIO()
         np.save(file, array, allow_pickle=False)
         return Response(file.getvalue(), 200, headers, NPY)
     return Response(array.tobytes(), 200, headers, RAW)

@@ -77,6 +77,11 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         memory.settle()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finish what is in work."""
+        await super().shutdown(sockets)
+        memory.unsettle()
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature is a signal handler's
         """Begin to leave."""
         again = self._service.draining

@@ -191,6 +191,15 @@ class Service:
             self.metrics.rejected.labels(error.code).inc(images)
             raise
 
+    def refuse_if_full(self, loaded: Loaded, bulk: bool = False) -> None:
+        """Raise Overloaded if not even one image has a place. Asked before a body is read: it may be large, and a
+        client that asks first need not send it."""
+        try:
+            loaded.engine.check(1, self.settings.timeout_s, bulk)
+        except Overloaded as error:
+            self.metrics.rejected.labels(error.code).inc()
+            raise
+
     async def decode_images(
         self,
         blobs: Sequence[bytes | PatchsightError],

@@ -1,5 +1,6 @@
 """`POST /embed` and `POST /attention`: what comes back is what the decoder and the encoder give, in every form."""
 
+import asyncio
 import base64
 import io
 import itertools
@@ -372,6 +373,29 @@ def test_a_full_queue_answers_429_at_once_and_counts_images(
     worker.join(60)
     assert replies[0].status_code == 200
     assert as_form(client, photos[:4]).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/embed", "/embed?priority=bulk", "/attention"])
+def test_a_full_server_refuses_before_it_has_read_the_body(path: str, serving: Callable[..., TestClient]) -> None:
+    """A generator that is asked for nothing: the client of a test gives the body only as it is read."""
+    client = serving()
+    client.app.state.service.encoder().engine.max_queue = 0
+    sent: list[bytes] = []
+
+    async def receive() -> dict[str, Any]:
+        sent.append(b"x")
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    async def send(message: dict[str, Any]) -> None:
+        statuses.append(message.get("status"))
+
+    statuses: list[int | None] = []
+    path, _, query = path.partition("?")
+    headers = [(b"content-type", b"image/jpeg"), (b"content-length", b"1000000")]
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": query.encode(), "headers": headers}
+    asyncio.run(client.app({"http_version": "1.1", "app": client.app, **scope}, receive, send))
+    assert statuses[0] == 429
+    assert not sent
 
 
 def test_an_encoder_that_hangs_answers_504_and_readyz_503(

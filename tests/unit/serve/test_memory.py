@@ -13,8 +13,8 @@ from patchsight_serve import memory
 def as_before() -> Iterator[None]:
     thresholds = gc.get_threshold()
     yield
-    gc.unfreeze()
-    gc.set_threshold(*thresholds)
+    memory.unsettle()
+    assert (gc.get_freeze_count(), gc.get_threshold()) == (0, thresholds)
 
 
 class Cycle:

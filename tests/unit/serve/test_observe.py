@@ -105,7 +105,7 @@ def test_a_path_cannot_forge_a_line_of_the_log(
     async def broken(*_: object) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr("patchsight_serve.auth.BearerAuth.__call__", broken)
+    monkeypatch.setattr("patchsight_serve.visits.Visiting.__call__", broken)
     assert client.get("/a%0Aforged").status_code == 500
     assert "GET /a%0Aforged" in caplog.text
     assert "\nforged" not in caplog.text
