@@ -44,5 +44,6 @@ def to_unit_length(vectors: Values) -> Values:
     """`(..., D)` to length 1 along the last axis; a vector of zeros stays one."""
     # As np.linalg.norm has it, bit for bit, in half the time.
     length: Values = np.sqrt(np.add.reduce(vectors * vectors, axis=-1, keepdims=True))
-    unit: Values = vectors / np.maximum(length, _LEAST, out=length)
+    np.maximum(length, _LEAST, out=length)
+    unit: Values = vectors / length
     return unit
