@@ -63,7 +63,7 @@ def _overload(servers: list[dict[str, Any]]) -> list[str]:
 
 def draw(figures: Mapping[str, Any], path: Path) -> None:
     """p99 against the load, a line per server."""
-    figure, axes = plt.subplots(figsize=(7.2, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.4, 4.2), layout="constrained")
     for server, color in zip(figures["servers"].values(), COLORS, strict=False):
         if server.get("failure"):
             continue
@@ -80,7 +80,7 @@ def draw(figures: Mapping[str, Any], path: Path) -> None:
         *at, "refused, or given up by the client", transform=axes.get_yaxis_transform(), fontsize=8, color="#666666"
     )
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
