@@ -2,8 +2,7 @@
 
 import asyncio
 import binascii
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,8 +81,11 @@ async def read_images(request: Request, limits: BodyLimits) -> list[bytes | Patc
 
 async def read_body(request: Request, limits: BodyLimits) -> bytes:
     """The whole body. Raises TooLarge as soon as it is known to be, DeadlineExceeded."""
-    async with _in_time(limits):
-        chunks = [chunk async for chunk in _counted(request, limits)]
+    try:
+        async with asyncio.timeout(limits.timeout_s):
+            chunks = [chunk async for chunk in _counted(request, limits)]
+    except TimeoutError:
+        raise _late(limits) from None
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
@@ -100,11 +102,13 @@ async def read_multipart(request: Request, limits: BodyLimits) -> Multipart:
         max_part_size=limits.max_bytes,
     )
     try:
-        async with _in_time(limits):
+        async with asyncio.timeout(limits.timeout_s):
             form = await parser.parse()
         if not parser.ended:
             raise InvalidRequest("the multipart body is malformed: it ends before its last boundary")
         return await _parts(form)
+    except TimeoutError:
+        raise _late(limits) from None
     except MultiPartException as error:
         if error.message.startswith("Too many files"):
             raise too_many(None, limits) from None
@@ -185,13 +189,8 @@ async def _counted(request: Request, limits: BodyLimits) -> AsyncGenerator[bytes
             yield chunk
 
 
-@asynccontextmanager
-async def _in_time(limits: BodyLimits) -> AsyncIterator[None]:
-    try:
-        async with asyncio.timeout(limits.timeout_s):
-            yield
-    except TimeoutError:
-        raise DeadlineExceeded(f"the body did not arrive within {limits.timeout_s:g} s") from None
+def _late(limits: BodyLimits) -> DeadlineExceeded:
+    return DeadlineExceeded(f"the body did not arrive within {limits.timeout_s:g} s")
 
 
 def _too_long(size: int, limits: BodyLimits) -> TooLarge:

@@ -21,6 +21,7 @@ from patchsight_serve.replies import error_reply
 MAX_HEAD = 64 * 1024  # bytes of a request's line and headers
 MAX_PIPELINED = 16  # requests of one connection that wait for an earlier one's answer
 PROGRESS = 1024 * 1024  # bytes of a reply that a client reads at least within the time-out, or all of it
+BODY_HEADERS = {b"content-length", b"transfer-encoding"}
 SPARE_FILES = 256  # open files beside the connections: galleries, encoders, Triton
 
 
@@ -126,12 +127,11 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Hand the request over, or stop the parser by raising."""
-        names = {name for name, _ in self.headers}
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD:
             self._error = _head_too_large()
         elif len(self.pipeline) >= MAX_PIPELINED:
             self._error = InvalidRequest(f"more than {MAX_PIPELINED} requests wait on one connection")
-        elif self.parser.should_upgrade() and names & {b"content-length", b"transfer-encoding"}:
+        elif self.parser.should_upgrade() and BODY_HEADERS & {name for name, _ in self.headers}:
             self._error = InvalidRequest("a request that asks for an upgrade cannot have a body", "Upgrade")
         if self._error:
             raise self._error

@@ -22,22 +22,25 @@ VECTORS = ("embedding", "cls", "mean", "both")
 
 def available(manifest: Manifest) -> dict[str, str]:
     """The public outputs that this encoder has, and what its graph calls them."""
-    there = manifest.outputs
-    names = {output: name or f"{manifest.recommended}_embedding" for output, name in OUTPUTS.items()}
-    return {output: name for output, name in names.items() if name in there}
+    names = {output: _graph_name(output, manifest) for output in OUTPUTS}
+    return {output: name for output, name in names.items() if name in manifest.outputs}
 
 
 def graph_name(output: str, manifest: Manifest, param: str = "outputs") -> str:
     """The graph's name of a public output. Raises InvalidRequest, which blames `param`, if the encoder lacks it."""
     if output not in OUTPUTS:
         raise InvalidRequest(f"unknown output {output!r}; the outputs are {', '.join(OUTPUTS)}", param)
-    names = available(manifest)
-    if output not in names:
+    name = _graph_name(output, manifest)
+    if name not in manifest.outputs:
+        there = ", ".join(available(manifest))
         raise InvalidRequest(
-            f"encoder {manifest.name!r} ({manifest.architecture}) has no output {output!r}; it has {', '.join(names)}",
-            param,
+            f"encoder {manifest.name!r} ({manifest.architecture}) has no output {output!r}; it has {there}", param
         )
-    return names[output]
+    return name
+
+
+def _graph_name(output: str, manifest: Manifest) -> str:
+    return OUTPUTS[output] or f"{manifest.recommended}_embedding"
 
 
 def to_unit_length(vectors: Values) -> Values:

@@ -146,7 +146,8 @@ class Service:
 
         start = time.perf_counter()
         async with self.admitted(len(blobs), loaded, bulk):
-            keys = [(loaded, wanted, transform, Content(blob)) for blob in good]
+            # Of the encoder's transform a request changes no more than these two.
+            keys = [(loaded, wanted, transform.resize, transform.crop, Content(blob)) for blob in good]
             encoded = iter(await self.in_flight.run(keys, work))
         if own < len(good):
             self.metrics.shared.labels(manifest.name).inc(len(good) - own)

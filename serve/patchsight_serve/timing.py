@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-STAGES = ("decode", "queue", "infer", "encode")
-
 
 @dataclass
 class Timing:
@@ -35,4 +33,7 @@ class Timing:
 
     def server_timing(self) -> str:
         """The `Server-Timing` header's value; its unit is the millisecond."""
-        return ", ".join(f"{stage};dur={1000 * getattr(self, stage):.3f}" for stage in STAGES)
+        return (
+            f"decode;dur={1000 * self.decode:.3f}, queue;dur={1000 * self.queue:.3f}, "
+            f"infer;dur={1000 * self.infer:.3f}, encode;dur={1000 * self.encode:.3f}"
+        )
