@@ -13,7 +13,18 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from patchsight_serve import __version__, embeddings, galleries, neighbors, openai_api, origin, page, status
+from patchsight_serve import (
+    __version__,
+    clusters,
+    duplicates,
+    embeddings,
+    galleries,
+    neighbors,
+    openai_api,
+    origin,
+    page,
+    status,
+)  # fmt: skip
 from patchsight_serve.auth import BearerAuth
 from patchsight_serve.bodies import BodyLimits
 from patchsight_serve.collection import Galleries, NoGalleries
@@ -30,6 +41,7 @@ from patchsight_serve.sample_gallery import sampling
 from patchsight_serve.schemas import ErrorReply
 from patchsight_serve.service import Service
 from patchsight_serve.settings import ServeSettings, is_loopback
+from patchsight_serve.survey import Surveys
 from patchsight_serve.visits import Visiting
 
 logger = logging.getLogger(__name__)
@@ -83,9 +95,12 @@ def create_app(
         if settings.processes == 1
         else NoGalleries(settings.processes)
     )
+    app.state.surveys = Surveys()
     app.include_router(embeddings.router())
     app.include_router(galleries.router())
     app.include_router(neighbors.router())
+    app.include_router(duplicates.router())
+    app.include_router(clusters.router())
     app.include_router(openai_api.router())
     app.include_router(status.router())
     app.include_router(page.router())
@@ -135,6 +150,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         except NotReady as error:
             logger.error("not ready at start: %s", error)
         stack.callback(app.state.galleries.close)
+        stack.callback(app.state.surveys.close)
         if service.settings.sample_gallery and service.settings.processes == 1:
             await stack.enter_async_context(sampling(service, app.state.galleries))
         yield

@@ -12,6 +12,7 @@ from patchsight_serve.client_images import Picture
 from patchsight_serve.client_protocol import Conversation, Options, Row
 from patchsight_serve.client_steps import Call, Step, Steps, Work
 from patchsight_serve.encoder import Values
+from patchsight_serve.group import Cluster, Group
 from patchsight_serve.item import Identity, Neighbor
 
 T = TypeVar("T")
@@ -72,6 +73,14 @@ class AsyncClient:
     async def neighbors_of(self, id: str, **query: object) -> list[Neighbor]:
         """As `Client.neighbors_of`."""
         return await self._run(self._talk.neighbors(id, True, query))
+
+    async def duplicates(self, **query: object) -> list[Group]:
+        """As `Client.duplicates`."""
+        return await self._run(self._talk.duplicates(query))
+
+    async def clusters(self, **query: object) -> list[Cluster]:
+        """As `Client.clusters`."""
+        return await self._run(self._talk.clusters(query))
 
     async def close(self) -> None:
         """Close the connections."""

@@ -14,6 +14,7 @@ from patchsight_serve.client_images import Picture
 from patchsight_serve.client_protocol import Conversation, Options, Row
 from patchsight_serve.client_steps import Call, Step, Steps, Wait, Work
 from patchsight_serve.encoder import Values
+from patchsight_serve.group import Cluster, Group
 from patchsight_serve.item import Identity, Neighbor
 
 __all__ = ["AsyncClient", "Client", "Picture"]
@@ -98,6 +99,21 @@ class Client:
     def neighbors_of(self, id: str, **query: object) -> list[Neighbor]:
         """As `neighbors`, of the indexed image of that id, which is left out itself."""
         return self._run(self._talk.neighbors(id, True, query))
+
+    def duplicates(self, **query: object) -> list[Group]:
+        """Groups of near-duplicates in a gallery, the largest first: all of them, or `limit`.
+
+        query: `min_score`, `gallery`, `limit`, `members`, as `GET /gallery/duplicates` has them. A big gallery takes
+        longer than the usual `timeout_s`.
+        """
+        return self._run(self._talk.duplicates(query))
+
+    def clusters(self, **query: object) -> list[Cluster]:
+        """Clusters of a gallery with their most typical images, the largest first.
+
+        query: `k`, `typical`, `gallery`, as `GET /gallery/clusters` has them.
+        """
+        return self._run(self._talk.clusters(query))
 
     def close(self) -> None:
         """Close the connections."""

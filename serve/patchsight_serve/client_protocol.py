@@ -13,6 +13,7 @@ from patchsight_serve.client_images import Picture, batches, encoded
 from patchsight_serve.client_steps import JSON, NPY, Call, Steps, Work, ask, named
 from patchsight_serve.encoder import Values
 from patchsight_serve.errors import Conflict, InvalidRequest, NotFound, PatchsightError, TooLarge
+from patchsight_serve.group import Cluster, Group, LabelCount, Member, Typical
 from patchsight_serve.item import Identity, Neighbor
 from patchsight_serve.manifest import Transform
 
@@ -149,6 +150,24 @@ class Conversation:
         else:
             call = Call("POST", "/neighbors", said, JSON, _good((yield from _encoded([picture], None))))
         return [Neighbor(**found) for found in (yield from self._ask(call)).json()["neighbors"]]
+
+    def duplicates(self, query: Mapping[str, object]) -> Steps[list[Group]]:
+        """Page after page, up to `limit` groups if that is asked for."""
+        said, groups = {name: str(value) for name, value in query.items()}, []
+        while True:
+            page = (yield from self._ask(Call("GET", "/gallery/duplicates", said))).json()
+            groups += [Group(g["id"], g["size"], [Member(**m) for m in g["members"]]) for g in page["groups"]]
+            if "limit" in query or page["next_cursor"] is None:
+                return groups
+            said = said | {"cursor": page["next_cursor"]}
+
+    def clusters(self, query: Mapping[str, object]) -> Steps[list[Cluster]]:
+        """All of a gallery."""
+        call = Call("GET", "/gallery/clusters", {name: str(value) for name, value in query.items()})
+        return [
+            Cluster(c["size"], [LabelCount(**count) for count in c["labels"]], [Typical(**t) for t in c["typical"]])
+            for c in (yield from self._ask(call)).json()["clusters"]
+        ]
 
     def _ask(self, call: Call) -> Steps[httpx.Response]:
         return ask(call, self.url, self._patience_s)

@@ -7,7 +7,7 @@ changes the index then, so readers wait for it only while it changes memory, nev
 import hashlib
 import logging
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import orjson
 from patchsight_serve.errors import Conflict, InvalidRequest, NotFound, PatchsightError
 from patchsight_serve.index import Index
 from patchsight_serve.item import Changes, Identity, Image, Neighbor, NewImage, check_id, check_label, encode_metadata
-from patchsight_serve.nearest import F32, normalize
+from patchsight_serve.nearest import F32, I64, normalize
 from patchsight_serve.record import Record, Row
 
 log = logging.getLogger(__name__)
@@ -229,6 +229,26 @@ class Gallery:
         """Wait for the writer, then let go of the files."""
         with self._writing:
             self._record.close()
+
+    def keys(self) -> I64:
+        """Keys of all indexed images, int64 `(N,)`, ascending. A key names one vector for ever."""
+        return self._index.keys()
+
+    def snapshot(self) -> tuple[I64, F32]:
+        """Those keys and their unit vectors float32 `(N, D)`, a copy; writers hardly wait for it."""
+        return self._index.snapshot()
+
+    def names(self, keys: I64) -> dict[int, tuple[str, str]]:
+        """Id and sha256 of those keys that are still there."""
+        return self._record.names(keys.tolist())
+
+    def images(self, keys: I64) -> dict[int, Image]:
+        """The images of those keys that are still there and intact."""
+        return {key: _image(row) for key, row in self._record.rows(keys.tolist()).items() if row.intact}
+
+    def labels(self) -> Iterator[list[tuple[int, str]]]:
+        """Keys and labels of all images that have one, in the order of their keys, in chunks."""
+        return self._record.labels()
 
 
 def _image(row: Row) -> Image:

@@ -7,7 +7,7 @@ import faiss
 import numpy as np
 
 from patchsight_serve.errors import InvalidRequest
-from patchsight_serve.nearest import F32, flat_index, nearest
+from patchsight_serve.nearest import F32, I64, flat_index, nearest
 from patchsight_serve.shared_lock import SharedLock
 
 
@@ -65,3 +65,30 @@ class Index:
                 raise InvalidRequest(message, param="vectors")
             keys, scores = nearest(self._flat, query[None], k, selector)[0]
         return keys.tolist(), scores.tolist()
+
+    def keys(self) -> I64:
+        """All keys, int64 `(N,)`, ascending: none is ever lower than those before it, and removing keeps the order."""
+        with self._lock.shared():
+            return self._keys()
+
+    def _keys(self) -> I64:
+        keys: I64 = faiss.vector_to_array(self._flat.id_map) if len(self) else np.empty(0, np.int64)
+        return keys
+
+    def snapshot(self, rows: int = 16_384) -> tuple[I64, F32]:
+        """All keys, ascending, and their unit vectors `(N, D)`, copied `rows` at a time, so that a change waits for so
+        many at most. What is put in meanwhile is not in it, what is taken out may be."""
+        with self._lock.shared():
+            flat, keys = self._flat, self._keys()
+        vectors = np.empty((len(keys), flat.d if len(keys) else 0), np.float32)
+        there = np.zeros(len(keys), bool)
+        for start in range(0, len(keys), rows):
+            part = slice(start, start + rows)
+            with self._lock.shared():
+                if self._flat is not flat:  # emptied and begun anew: none of the rest is there
+                    break
+                present = self._keys()
+                places = np.searchsorted(present, keys[part])
+                there[part] = present[np.minimum(places, len(present) - 1)] == keys[part] if len(present) else False
+                vectors[part][there[part]] = flat.index.reconstruct_batch(places[there[part]])
+        return (keys, vectors) if there.all() else (keys[there], vectors[there])

@@ -215,3 +215,21 @@ class Record:
             self._reader.close()
         self._writer.close()
         self._lock.close()
+
+    def names(self, keys: Sequence[int]) -> dict[int, tuple[str, str]]:
+        """Id and sha256 of those keys that are there: what of a key never changes, beside its vector."""
+        found: dict[int, tuple[str, str]] = {}
+        for start in range(0, len(keys), _CHUNK):
+            some = keys[start : start + _CHUNK]
+            marks = ",".join("?" * len(some))
+            rows = self._read(f"SELECT key, id, sha256 FROM images WHERE key IN ({marks})", some)
+            found.update((key, (id, sha256)) for key, id, sha256 in rows)
+        return found
+
+    def labels(self, chunk: int = 10_000) -> Iterator[list[tuple[int, str]]]:
+        """Keys and labels of all rows that have one, in the order of their keys, in chunks."""
+        query = "SELECT key, label FROM images WHERE key > ? AND label IS NOT NULL ORDER BY key LIMIT ?"
+        last = -1
+        while found := self._read(query, (last, chunk)):
+            yield found
+            last = found[-1][0]

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ from patchsight_serve.errors import (
     Unauthorized,
 )  # fmt: skip
 from patchsight_serve.fake_encoder import FakeEncoder
+from patchsight_serve.item import Item, NewImage
 from patchsight_serve.manifest import Transform
+from patchsight_serve.nearest import normalize
 from patchsight_serve.sample_gallery import SAMPLES
 from patchsight_serve.settings import ServeSettings
 
@@ -366,6 +369,36 @@ def test_encoders_and_neighbors(kind: Any, png: bytes, tmp_path: Path) -> None:
         assert [(n.id, n.score) for n in found] == [(n["id"], n["score"]) for n in raw]
         with pytest.raises(NotFound, match="nowhere"):
             client.neighbors(png, gallery="nowhere")
+
+
+@both
+def test_duplicates_and_clusters(kind: Any, tmp_path: Path) -> None:
+    images = photos(6)
+    with listening(state_dir=tmp_path) as (url, _), kind(url) as client:
+        assert client.duplicates() == client.clusters() == []
+        for i, image in enumerate(images * 2):
+            httpx.post(f"{url}/gallery/images?id=i{i:02d}&label=l{i % 2}", content=image).raise_for_status()
+        groups = client.duplicates(min_score=0.9999)
+        assert [(group.id, group.size) for group in groups] == [(f"i{i:02d}", 2) for i in range(6)]
+        assert [(m.id, m.label, m.copy_of) for m in groups[3].members] == [("i03", "l1", None), ("i09", "l1", "i03")]
+        assert [m.score for m in groups[3].members] == pytest.approx([1, 1])
+        assert client.duplicates(min_score=0.9999, limit=2) == groups[:2]
+        raw = httpx.get(f"{url}/gallery/clusters?k=3&typical=2").json()["clusters"]
+        assert [asdict(cluster) for cluster in client.clusters(k=3, typical=2)] == raw
+        assert sum(cluster.size for cluster in client.clusters(k=3)) == 12
+        with pytest.raises(InvalidRequest, match="k is 13, the gallery has 12 images"):
+            client.clusters(k=13)
+        with pytest.raises(NotFound, match="nowhere"):
+            client.duplicates(gallery="nowhere")
+
+
+@both
+def test_a_list_of_groups_is_fetched_page_by_page(kind: Any, tmp_path: Path) -> None:
+    vectors = normalize(np.random.default_rng(0).standard_normal((150, 16)).astype(np.float32))
+    with listening(state_dir=tmp_path) as (url, app), kind(url) as client:
+        copies = [NewImage(Item(f"i{i:03d}-{c}"), b"%d" % i, b"", v) for i, v in enumerate(vectors) for c in "ab"]
+        app.app.state.galleries.get("default").add(copies, client.encoder)
+        assert [group.id for group in client.duplicates(min_score=1)] == [f"i{i:03d}-a" for i in range(150)]
 
 
 @both

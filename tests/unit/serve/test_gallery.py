@@ -459,3 +459,77 @@ def test_an_item_outside_the_limits_cannot_be_made(item, message: str) -> None:
     with pytest.raises(InvalidRequest):
         Item("ok\n")
     Item("A.z_0-9" * 18, "l" * 256, {"m": "x" * (16_384 - 8)})
+
+
+def test_a_snapshot_is_all_vectors_by_key(gallery: Gallery) -> None:
+    keys, nothing = gallery.snapshot()
+    assert (keys.tolist(), nothing.shape, gallery.keys().tolist()) == ([], (0, 0), [])
+    vectors = unit_vectors(300)
+    gallery.add([new(f"i{i:03d}", v) for i, v in enumerate(vectors)], ENCODER)
+    for i in (0, 17, 120, 121, 299):
+        gallery.delete(f"i{i:03d}")
+    gallery.add([new("i005", vectors[0], b"other")], ENCODER, replace=True)
+    expected = {f"i{i:03d}": v for i, v in enumerate(vectors) if i not in (0, 17, 120, 121, 299)} | {"i005": vectors[0]}
+    for rows in (16_384, 7):
+        keys, found = gallery._index.snapshot(rows)
+        assert (np.diff(keys) > 0).all()
+        assert np.array_equal(keys, gallery.keys())
+        names = gallery.names(keys)
+        assert {names[key][0]: v.tobytes() for key, v in zip(keys.tolist(), found, strict=True)} == {
+            id: v.tobytes() for id, v in expected.items()
+        }
+    images = gallery.images(keys)
+    assert {image.id for image in images.values()} == set(expected)
+    assert {key: (image.id, image.sha256) for key, image in images.items()} == names
+    gallery.patch("i200", {"label": "x"})
+    gallery.patch("i100", {"label": "y"})
+    labels = [(names[key][0], label) for rows in gallery.labels() for key, label in rows]
+    assert labels == [("i100", "y"), ("i200", "x")]
+
+
+def test_a_snapshot_beside_a_writer_has_what_was_there_all_the_time(gallery: Gallery) -> None:
+    """With vectors that belong to their keys, whatever moved in between."""
+    vectors = unit_vectors(400)
+    gallery.add([new(f"i{i}", v) for i, v in enumerate(vectors[:200])], ENCODER)
+    written = threading.Event()
+
+    def write() -> None:
+        for i in range(200):
+            gallery.add([new(f"i{i + 200}", vectors[i + 200])], ENCODER)
+            if i % 2:
+                gallery.delete(f"i{i}")
+        written.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    stay = {f"i{i}" for i in range(0, 200, 2)}
+    rounds = 0
+    while not written.is_set() or not rounds:
+        keys, found = gallery._index.snapshot(3)
+        names = gallery.names(keys)
+        seen = {names[key][0]: v for key, v in zip(keys.tolist(), found, strict=True) if key in names}
+        assert stay <= set(seen)
+        assert all(np.array_equal(v, vectors[int(id[1:])]) for id, v in seen.items())
+        rounds += 1
+    writer.join()
+
+
+def test_a_snapshot_of_a_gallery_that_is_begun_anew_meanwhile(gallery: Gallery, monkeypatch) -> None:
+    gallery.add([new(f"i{i}", v) for i, v in enumerate(unit_vectors(10))], ENCODER)
+    locked, index = gallery._index._lock.shared, gallery._index
+    times = 0
+
+    def anew():
+        nonlocal times
+        times += 1
+        if times == 3:  # the keys and one part have been read
+            monkeypatch.undo()
+            for i in range(10):
+                gallery.delete(f"i{i}")
+            gallery.add([new("small", unit_vectors(1, dim=8)[0])], OTHER)
+        return locked()
+
+    monkeypatch.setattr(index._lock, "shared", anew)
+    keys, vectors = index.snapshot(4)
+    assert vectors.shape == (4, 16)
+    assert gallery.names(keys) == {}

@@ -247,6 +247,8 @@ def test_threads_are_divided_unless_they_are_given() -> None:
         ("GET", "/neighbors?id=a", b""),
         ("POST", "/neighbors", b"<png>"),
         ("GET", "/neighbors?id=a&gallery=other", b""),
+        ("GET", "/gallery/duplicates", b""),
+        ("GET", "/gallery/clusters", b""),
     ],
 )
 def test_galleries_are_refused(

@@ -1,0 +1,65 @@
+"""The shapes of what is found in a gallery as a whole, for the OpenAPI page."""
+
+from pydantic import BaseModel, Field
+
+from patchsight_serve.schemas import EncoderName
+
+
+class MemberImage(BaseModel):
+    """An image of a group."""
+
+    id: str
+    label: str | None
+    score: float = Field(description="cosine similarity to the group's most central image, -1 to 1")
+    copy_of: str | None = Field(
+        description="the first id of the group with just the same bytes (sha256); null for that one, and without any"
+    )
+
+
+class DuplicateGroup(BaseModel):
+    """Images that are linked by pairs of near-duplicates."""
+
+    id: str = Field(description="the first of its images' ids; it names the group")
+    size: int = Field(description="how many images it has")
+    members: list[MemberImage] = Field(description="the most central one first, then by score; `members` at most")
+
+
+class DuplicatesReply(BaseModel):
+    """Groups, the largest first, equally large ones in the order of their ids."""
+
+    encoder: EncoderName | None = Field(description="null if the gallery is empty")
+    images: int = Field(description="how many were compared, each with all others")
+    total: int = Field(description="how many groups there are, on all pages")
+    groups: list[DuplicateGroup]
+    next_cursor: str | None = Field(description="pass it as `cursor` for the next page; null at the end")
+
+
+class ClusterLabel(BaseModel):
+    """How many images of a cluster have a label."""
+
+    label: str
+    count: int
+
+
+class TypicalImage(BaseModel):
+    """An image of a cluster."""
+
+    id: str
+    label: str | None
+    score: float = Field(description="cosine similarity to the cluster's center, -1 to 1")
+
+
+class ImageCluster(BaseModel):
+    """Images that are nearer to one center than to all others."""
+
+    size: int = Field(description="how many images it has")
+    labels: list[ClusterLabel] = Field(description="its three most frequent labels, equal counts by alphabet")
+    typical: list[TypicalImage] = Field(description="closest to the center, best first, equal scores by id")
+
+
+class ClustersReply(BaseModel):
+    """Clusters, the largest first, equally large ones in the order of their most typical image's id."""
+
+    encoder: EncoderName | None = Field(description="null if the gallery is empty")
+    images: int = Field(description="how many there are in all clusters")
+    clusters: list[ImageCluster]
