@@ -1,5 +1,6 @@
 """The HTTP application: routes, middleware, and the one place where errors become status codes."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -13,7 +14,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from patchsight_serve import __version__, embeddings, galleries, neighbors, openai_api, origin, page, status
+from patchsight_serve import __version__, embeddings, galleries, neighbors, openai_api, origin, page, status, whole_gallery
 from patchsight_serve.auth import BearerAuth
 from patchsight_serve.bodies import BodyLimits
 from patchsight_serve.collection import Galleries, NoGalleries
@@ -22,6 +23,7 @@ from patchsight_serve.decoders import Decoders
 from patchsight_serve.encoder import Encoder, RemoteEncoder
 from patchsight_serve.errors import BundleError, InvalidRequest, NotReady, PatchsightError
 from patchsight_serve.loaded import with_engine
+from patchsight_serve.long_work import LongWork
 from patchsight_serve.metrics import Metrics
 from patchsight_serve.observe import Observe
 from patchsight_serve.reload import Reloader, Source
@@ -83,8 +85,10 @@ def create_app(
         if settings.processes == 1
         else NoGalleries(settings.processes)
     )
+    app.state.long_work = LongWork()
     app.include_router(embeddings.router())
     app.include_router(galleries.router())
+    app.include_router(whole_gallery.router())
     app.include_router(neighbors.router())
     app.include_router(openai_api.router())
     app.include_router(status.router())
@@ -134,7 +138,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             await service.prove_ready()  # the first inference is slow: better now than for a user
         except NotReady as error:
             logger.error("not ready at start: %s", error)
+        await asyncio.to_thread(app.state.galleries.scratch.clear)
         stack.callback(app.state.galleries.close)
+        stack.push_async_callback(asyncio.to_thread, app.state.long_work.close)
         if service.settings.sample_gallery and service.settings.processes == 1:
             await stack.enter_async_context(sampling(service, app.state.galleries))
         yield

@@ -10,10 +10,11 @@ from starlette.responses import Response
 
 from patchsight_serve.bodies import media_type, parse_json, read_body, read_images, read_multipart
 from patchsight_serve.collection import DEFAULT, Galleries
-from patchsight_serve.errors import InvalidRequest, PatchsightError, UnsupportedImage
+from patchsight_serve.errors import InvalidRequest, PatchsightError, Superseded, UnsupportedImage
 from patchsight_serve.gallery_schemas import ADD_BODY, PATCH_BODY, AddReply, GalleryImage, GalleryInfo, ImagePage
 from patchsight_serve.indexer import Added, Upload, default_id, encoder_of, index_images
 from patchsight_serve.item import Changes, Identity, Item, parse_metadata
+from patchsight_serve.long_work import short_write
 from patchsight_serve.replies import RAW, SHOWN, error_body, image_reply, json_reply
 from patchsight_serve.schemas import IMAGE_ERRORS, ErrorReply
 from patchsight_serve.service import Service
@@ -100,9 +101,16 @@ async def add(
     galleries: Galleries = request.app.state.galleries
     uploads = await _uploads(request, service, {"id": id, "label": label, "metadata": metadata})
     request.state.timing.images = len(uploads)
-    gallery = await asyncio.to_thread(galleries.get, gallery_name, True)
-    loaded = encoder_of(service, gallery, encoder)
-    results = await index_images(service, gallery, loaded, uploads, replace, timing=request.state.timing)
+
+    async def index() -> list[Added | PatchsightError]:
+        gallery = await asyncio.to_thread(galleries.get, gallery_name, True)
+        loaded = encoder_of(service, gallery, encoder)
+        return await index_images(service, gallery, loaded, uploads, replace, timing=request.state.timing)
+
+    try:
+        results = await index()
+    except Superseded:  # into the gallery that is there now
+        results = await index()
     for i, result in enumerate(results):
         if isinstance(result, PatchsightError):
             result.param = result.param or f"images[{i}]"
@@ -136,13 +144,13 @@ async def patch(request: Request, id: str, gallery_name: GalleryQuery = DEFAULT)
         raise InvalidRequest('the body must be a JSON object with "label", "metadata" or both')
     changes = Changes(**content)  # type: ignore[typeddict-item]
     gallery = await asyncio.to_thread(request.app.state.galleries.get, gallery_name)
-    return json_reply(asdict(await asyncio.to_thread(gallery.patch, id, changes)))
+    return json_reply(asdict(await short_write(gallery, gallery.patch, id, changes)))
 
 
 async def delete(request: Request, id: str, gallery_name: GalleryQuery = DEFAULT) -> Response:
     """Remove an image for good."""
     gallery = await asyncio.to_thread(request.app.state.galleries.get, gallery_name)
-    await asyncio.to_thread(gallery.delete, id)
+    await short_write(gallery, gallery.delete, id)
     return Response(status_code=204)
 
 

@@ -6,8 +6,10 @@ changes the index then, so readers wait for it only while it changes memory, nev
 
 import hashlib
 import logging
+import sqlite3
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,17 @@ import orjson
 
 from patchsight_serve.errors import Conflict, InvalidRequest, NotFound, PatchsightError
 from patchsight_serve.index import Index
-from patchsight_serve.item import Changes, Identity, Image, Neighbor, NewImage, check_id, check_label, encode_metadata
+from patchsight_serve.item import (
+    Changes,
+    Identity,
+    Image,
+    Neighbor,
+    NewImage,
+    NewVector,
+    check_id,
+    check_label,
+    encode_metadata,
+)
 from patchsight_serve.nearest import F32, normalize
 from patchsight_serve.record import Record, Row
 
@@ -37,6 +49,7 @@ class Gallery:
         self._keep_originals = keep_originals
         self._record = Record(folder / "gallery.sqlite")
         self._writing = threading.Lock()  # one writer at a time
+        self.busy = False  # with a write that takes seconds or more
         self._index = Index()
         bound = self._record.fact("encoder")
         self._encoder = Identity(**orjson.loads(bound)) if bound else None
@@ -139,10 +152,11 @@ class Gallery:
         return [_image(row) for row in rows[:limit] if row.intact], more
 
     def thumbnail(self, id: str) -> bytes:
-        """JPEG bytes. Raises NotFound."""
+        """JPEG bytes. Raises NotFound, also where the image came without its picture."""
         thumbnail = self._record.thumbnail(self._row(id).key)
         if thumbnail is None:
-            raise _unknown(id, self.name)
+            self._row(id)  # it may have been removed since
+            raise NotFound(f"image {id!r} came as a vector, without its picture", param="id")
         return thumbnail
 
     def original(self, id: str) -> bytes:
@@ -151,6 +165,7 @@ class Gallery:
         row = self._row(id)
         original = self._record.original(row.key)
         if original is None:
+            self.thumbnail(id)
             raise NotFound(f"the original of image {id!r} was not kept; there is its thumbnail", param="id")
         if hashlib.sha256(original).hexdigest() != row.sha256:
             raise PatchsightError("the stored original is damaged; add the image again with replace=true")
@@ -230,9 +245,92 @@ class Gallery:
         with self._writing:
             self._record.close()
 
+    def end(self, error: PatchsightError) -> None:
+        """As `close`, for good: whoever still holds this gallery, and asks it for something, gets `error`."""
+        with self._writing:
+            self._record.end(error)
+
+    def long_read(self, left: threading.Event) -> AbstractContextManager[sqlite3.Connection]:
+        """As `Record.long_read`."""
+        return self._record.long_read(left)
+
+    def add_vectors(
+        self, batches: Iterable[Sequence[NewVector]], encoder: Identity, replace: bool = False
+    ) -> dict[str, int]:
+        """Add images without their pictures, all or none of them, durably once this returns. How many were `created`,
+        `replaced` and `unchanged`.
+
+        batches: no id is in them twice. What is there already, by sha256 or by its vector, is unchanged; with `replace`
+        it gets the label and metadata, and keeps its picture. Readers go on meanwhile; other writers wait, and `busy`
+        tells of it.
+
+        Raises Conflict (another encoder, or another image under an id, without `replace`), InvalidRequest (vectors of
+        another size), StorageFull, and what `batches` raises; then nothing was stored.
+        """
+        outcome = {"created": 0, "replaced": 0, "unchanged": 0}
+        fresh: list[dict[int, F32]] = []
+        old: dict[str, int] = {}  # keys that go, by id
+        with self._long_write():
+            self.require(encoder)
+            with self._record.transaction():
+                self._record.set_fact("encoder", orjson.dumps(encoder._asdict()).decode())
+                for batch in batches:
+                    known = self._record.find([new.item.id for new in batch])
+                    fresh.append({})
+                    for new in batch:
+                        row = known.get(new.item.id)
+                        said, key = self._add_vector(new, row, replace)
+                        outcome[said] += 1
+                        if key is not None:
+                            fresh[-1][key] = new.vector
+                        if key is not None and row is not None:
+                            old[row.id] = row.key
+            self._encoder = encoder
+            self._index.change({}, old.values())
+            for vectors in fresh:
+                self._index.change(vectors)
+            self.damaged = [id for id in self.damaged if id not in old]
+        return outcome
+
+    def _add_vector(self, new: NewVector, row: Row | None, replace: bool) -> tuple[str, int | None]:
+        """Inside a transaction. What became of it, and its key, if it has a new one. row: what is under its id."""
+        if self._index.dim not in (None, new.vector.size):
+            message = f"a vector has {new.vector.size} values, those of the gallery have {self._index.dim}"
+            raise InvalidRequest(message, param="embedding")
+        item, metadata = new.item, encode_metadata(new.item.metadata)
+        there = row is not None and row.intact
+        if row is not None and there and _same(row, new):
+            if not replace or (row.label, row.metadata) == (item.label, metadata):
+                return "unchanged", None
+            self._record.describe(row, item.label, metadata)
+            return "replaced", None
+        if there and not replace:
+            raise Conflict(f"id {item.id!r} is taken by another image; replace=true replaces it", param="id")
+        if row is not None:
+            self._record.delete(row.key)
+        vector = new.vector.astype("<f4").tobytes()
+        key = self._record.insert_bare(item.id, item.label, metadata, new.sha256 or "", vector)
+        return "replaced" if there else "created", key
+
+    @contextmanager
+    def _long_write(self) -> Iterator[None]:
+        with self._writing:
+            self.busy = True
+            try:
+                yield
+            finally:
+                self.busy = False
+
+
+def _same(row: Row, new: NewVector) -> bool:
+    """By the bytes of the picture where both are known, else by the vector: another batch moves its last digits."""
+    if row.sha256 and new.sha256:
+        return row.sha256 == new.sha256
+    return bool(np.allclose(np.frombuffer(row.vector, dtype="<f4"), new.vector, rtol=0, atol=1e-4))
+
 
 def _image(row: Row) -> Image:
-    return Image(row.id, row.label, orjson.loads(row.metadata), row.sha256)
+    return Image(row.id, row.label, orjson.loads(row.metadata), row.sha256 or None)
 
 
 def _unknown(id: str, gallery: str) -> NotFound:

@@ -17,6 +17,26 @@ class GalleryInfo(BaseModel):
     galleries: list[str] = Field(description="names of all galleries")
 
 
+class RestoreReply(BaseModel):
+    """A gallery that came from its backup."""
+
+    gallery: str
+    count: int = Field(description="images in it")
+    encoder: EncoderName | None = Field(description="the encoder it is bound to; null where it is empty")
+    left_out: list[str] = Field(description="ids of damaged rows, with `skip_damaged`")
+
+
+class ImportReply(BaseModel):
+    """What became of the rows of a file."""
+
+    gallery: str
+    count: int = Field(description="images in it now")
+    encoder: EncoderName
+    created: int
+    replaced: int = Field(description="with `replace`: of another image, or with another label or metadata")
+    unchanged: int = Field(description="were there before")
+
+
 class AddedImage(BaseModel):
     """One image's outcome: its id, or its error."""
 
@@ -38,7 +58,7 @@ class GalleryImage(BaseModel):
     id: str
     label: str | None
     metadata: dict[str, Any]
-    sha256: str = Field(description="of the encoded image")
+    sha256: str | None = Field(description="of the encoded image; null where a vector came without it")
 
 
 class ImagePage(BaseModel):

@@ -9,11 +9,13 @@ import hashlib
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 from patchsight_serve.errors import Conflict, PatchsightError, StorageFull
+from patchsight_serve.long_reads import LongReads
 
 VERSION = 1
 _SCHEMA = f"""
@@ -29,6 +31,7 @@ PRAGMA user_version = {VERSION};
 """
 _COLUMNS = "key, id, label, metadata, sha256, vector, checksum"
 _CHUNK = 500  # values per query: SQLite takes 999 variables in old builds
+STEPS = 10_000  # of SQLite between two looks whether a long read is still wanted: a millisecond or less
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,11 @@ class Record:
         """Raises Conflict if another process has it open, PatchsightError if it is no gallery we can read,
         StorageFull."""
         self.path = path
+        self._ended: PatchsightError | None = None
+        self._long_reads = LongReads()
         with self._explained():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = self._lock_out_others(path.with_suffix(".lock"))
+            self._lock = self.lock_out_others(path.with_suffix(".lock"))
             try:
                 self._writer = self._connect()
                 version = self._writer.execute("PRAGMA user_version").fetchone()[0]
@@ -92,7 +97,7 @@ class Record:
         return connection
 
     @staticmethod
-    def _lock_out_others(path: Path) -> sqlite3.Connection:
+    def lock_out_others(path: Path) -> sqlite3.Connection:
         """SQLite's own file lock, on a file beside: it works on every system, and ends with the process."""
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0)
         try:
@@ -107,9 +112,13 @@ class Record:
     @contextmanager
     def _explained(self) -> Iterator[None]:
         """SQLite's and the system's errors in our words."""
+        if self._ended is not None:
+            raise copy(self._ended)
         try:
             yield
         except (sqlite3.Error, OSError) as error:
+            if self._ended is not None:
+                raise copy(self._ended) from None
             code = getattr(error, "sqlite_errorcode", None)
             full = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
             if code in full or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
@@ -145,10 +154,7 @@ class Record:
         original: bytes | None,
     ) -> int:  # fmt: skip
         """Inside a transaction. Returns the new key."""
-        values = (id, label, metadata, sha256, vector, row_checksum(id, label, metadata, sha256, vector))
-        columns = _COLUMNS.removeprefix("key, ")
-        key = self._writer.execute(f"INSERT INTO images ({columns}) VALUES (?, ?, ?, ?, ?, ?)", values).lastrowid
-        assert key is not None
+        key = self.insert_bare(id, label, metadata, sha256, vector)
         self._writer.execute("INSERT INTO pictures VALUES (?, ?, ?, ?)", (key, thumbnail, _digest(thumbnail), original))
         return key
 
@@ -211,7 +217,54 @@ class Record:
 
     def close(self) -> None:
         """Fold the write-ahead log into the file and let go of it."""
+        self._long_reads.end()
         with self._reading:
             self._reader.close()
         self._writer.close()
         self._lock.close()
+
+    def insert_bare(self, id: str, label: str | None, metadata: str, sha256: str, vector: bytes) -> int:
+        """As `insert`, of an image whose picture is not here; sha256 may be empty then."""
+        values = (id, label, metadata, sha256, vector, row_checksum(id, label, metadata, sha256, vector))
+        columns = _COLUMNS.removeprefix("key, ")
+        key = self._writer.execute(f"INSERT INTO images ({columns}) VALUES (?, ?, ?, ?, ?, ?)", values).lastrowid
+        assert key is not None
+        return key
+
+    @contextmanager
+    def long_read(self, left: threading.Event) -> Iterator[sqlite3.Connection]:
+        """A connection of its own, for what takes long: it holds up nobody, and nobody it. What it is asked ends with
+        an error once `left` is set, or the record is closed, which waits for the block."""
+        with self._explained(), self._long_reads.one():
+            if self._long_reads.ended:
+                raise sqlite3.ProgrammingError("the record is closed")
+            connection = self._connect()
+            try:
+                connection.set_progress_handler(lambda: left.is_set() or self._long_reads.ended, STEPS)
+                yield connection
+            finally:
+                connection.close()
+
+    def end(self, error: PatchsightError) -> None:
+        """Close for good: whoever still asks gets `error`. One thread at a time, with no transaction begun."""
+        self._ended = error
+        self.close()
+
+
+def rows_in(connection: sqlite3.Connection, chunk: int) -> Iterator[list[Row]]:
+    """All rows in the order of their keys, as they were at one moment; in chunks, and without a long list of any."""
+    cursor = connection.execute(f"SELECT {_COLUMNS} FROM images ORDER BY key")
+    while found := cursor.fetchmany(chunk):
+        yield [Row(*r) for r in found]
+
+
+def declared(connection: sqlite3.Connection) -> dict[tuple[str, str], str | None]:
+    """What is in a file, tables, indexes and all else, by kind and name: the SQL that made it."""
+    return {(kind, name): sql for kind, name, sql in connection.execute("SELECT type, name, sql FROM sqlite_master")}
+
+
+def declared_by_us() -> dict[tuple[str, str], str | None]:
+    """What is in the file of a record."""
+    with closing(sqlite3.connect(":memory:")) as empty:
+        empty.executescript(_SCHEMA)
+        return declared(empty)
