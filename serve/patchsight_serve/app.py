@@ -26,6 +26,7 @@ from patchsight_serve.loaded import with_engine
 from patchsight_serve.long_work import LongWork
 from patchsight_serve.metrics import Metrics
 from patchsight_serve.observe import Observe
+from patchsight_serve.reembedding import Reembeddings
 from patchsight_serve.reload import Reloader, Source
 from patchsight_serve.replies import ErrorResponse, error_reply
 from patchsight_serve.sample_gallery import sampling
@@ -86,6 +87,7 @@ def create_app(
         else NoGalleries(settings.processes)
     )
     app.state.long_work = LongWork()
+    app.state.reembeddings = Reembeddings(service, app.state.galleries, app.state.long_work)
     app.include_router(embeddings.router())
     app.include_router(galleries.router())
     app.include_router(whole_gallery.router())
@@ -141,6 +143,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(app.state.galleries.scratch.clear)
         stack.callback(app.state.galleries.close)
         stack.push_async_callback(asyncio.to_thread, app.state.long_work.close)
+        stack.push_async_callback(app.state.reembeddings.close)
         if service.settings.sample_gallery and service.settings.processes == 1:
             await stack.enter_async_context(sampling(service, app.state.galleries))
         yield

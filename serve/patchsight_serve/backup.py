@@ -19,6 +19,7 @@ import orjson
 from patchsight_serve.errors import DamagedFile, InvalidRequest, PatchsightError, StorageFull
 from patchsight_serve.gallery import Gallery
 from patchsight_serve.item import Identity, check_id, check_label, encode_metadata, parse_metadata
+from patchsight_serve.next_vectors import FACT
 from patchsight_serve.record import STEPS, VERSION, Record, Row, declared, declared_by_us, rows_in
 from patchsight_serve.scratch import Scratch
 
@@ -63,10 +64,12 @@ def check(path: Path, skip_damaged: bool, left: threading.Event) -> list[str]:
                 f"{len(damaged):,} of {count:,} rows are damaged, among them {some}; skip_damaged=true leaves them out",
                 param="skip_damaged",
             )
-        if damaged:
-            with connection:
-                connection.execute("BEGIN")
-                connection.executemany("DELETE FROM images WHERE key = ?", [(key,) for key in damaged])
+        with connection:
+            connection.execute("BEGIN")
+            connection.executemany("DELETE FROM images WHERE key = ?", [(key,) for key in damaged])
+            connection.execute("DELETE FROM facts WHERE name = ?", (FACT,))
+            if ("table", "next_vectors") in declared(connection):
+                connection.execute("DELETE FROM next_vectors")  # of an encoder that nobody has asked for here
     try:
         Record(path).close()  # as it will be opened
     except StorageFull:

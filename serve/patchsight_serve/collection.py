@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 
@@ -92,6 +92,14 @@ class Galleries:
             self.check_free(name, replace)
             self._put(name, file, Superseded(f"gallery {name!r} was replaced meanwhile; ask again", param="gallery"))
             return self.get(name)
+
+    def exchange(self, gallery: Gallery, make: Callable[[], Gallery | None]) -> bool:
+        """Have what `make` returns in the place of an open gallery, unless that is None. Whether it is."""
+        with self._turn(gallery.name):
+            heir = make()
+            if heir is not None:
+                self._open[gallery.name] = heir
+            return heir is not None
 
     def _put(self, name: str, file: Path, error: PatchsightError) -> None:
         """In the name's turn: the file into its place. Whoever holds the gallery of before gets the error."""

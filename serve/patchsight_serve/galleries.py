@@ -1,8 +1,9 @@
 """`/gallery` and `/gallery/images`: add images, page through them, look at one, change it, remove it."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import orjson
 from fastapi import APIRouter, Query, Request
@@ -11,6 +12,7 @@ from starlette.responses import Response
 from patchsight_serve.bodies import media_type, parse_json, read_body, read_images, read_multipart
 from patchsight_serve.collection import DEFAULT, Galleries
 from patchsight_serve.errors import InvalidRequest, PatchsightError, Superseded, UnsupportedImage
+from patchsight_serve.gallery import Gallery
 from patchsight_serve.gallery_schemas import ADD_BODY, PATCH_BODY, AddReply, GalleryImage, GalleryInfo, ImagePage
 from patchsight_serve.indexer import Added, Upload, default_id, encoder_of, index_images
 from patchsight_serve.item import Changes, Identity, Item, parse_metadata
@@ -19,6 +21,7 @@ from patchsight_serve.replies import RAW, SHOWN, error_body, image_reply, json_r
 from patchsight_serve.schemas import IMAGE_ERRORS, ErrorReply
 from patchsight_serve.service import Service
 
+T = TypeVar("T")
 GalleryQuery = Annotated[str, Query(alias="gallery", description="name of the gallery")]
 EncoderQuery = Annotated[
     str | None, Query(description="name of the encoder; by default the one that the gallery is bound to")
@@ -77,6 +80,7 @@ async def info(request: Request, gallery_name: GalleryQuery = DEFAULT) -> Respon
             "encoder": described(gallery.encoder),
             "damaged": gallery.damaged,
             "galleries": await asyncio.to_thread(galleries.names),
+            "reembedding": request.app.state.reembeddings.progress(gallery),
         }
     )
 
@@ -143,14 +147,12 @@ async def patch(request: Request, id: str, gallery_name: GalleryQuery = DEFAULT)
     if not isinstance(content, dict) or set(content) - {"label", "metadata"}:
         raise InvalidRequest('the body must be a JSON object with "label", "metadata" or both')
     changes = Changes(**content)  # type: ignore[typeddict-item]
-    gallery = await asyncio.to_thread(request.app.state.galleries.get, gallery_name)
-    return json_reply(asdict(await short_write(gallery, gallery.patch, id, changes)))
+    return json_reply(asdict(await _write(request, gallery_name, lambda gallery: gallery.patch(id, changes))))
 
 
 async def delete(request: Request, id: str, gallery_name: GalleryQuery = DEFAULT) -> Response:
     """Remove an image for good."""
-    gallery = await asyncio.to_thread(request.app.state.galleries.get, gallery_name)
-    await short_write(gallery, gallery.delete, id)
+    await _write(request, gallery_name, lambda gallery: gallery.delete(id))
     return Response(status_code=204)
 
 
@@ -169,6 +171,17 @@ async def original(request: Request, id: str, gallery_name: GalleryQuery = DEFAU
 def described(encoder: Identity | None) -> dict[str, str] | None:
     """An encoder's identity as in every reply."""
     return encoder._asdict() if encoder else None
+
+
+async def _write(request: Request, name: str, work: Callable[[Gallery], T]) -> T:
+    """A write of moments, to the gallery that is there in the end."""
+    galleries: Galleries = request.app.state.galleries
+    gallery = await asyncio.to_thread(galleries.get, name)
+    try:
+        return await short_write(gallery, work, gallery)
+    except Superseded:
+        gallery = await asyncio.to_thread(galleries.get, name)
+        return await short_write(gallery, work, gallery)
 
 
 async def _uploads(request: Request, service: Service, query: dict[str, str | None]) -> list[Upload | PatchsightError]:

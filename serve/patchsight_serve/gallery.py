@@ -10,6 +10,7 @@ import sqlite3
 import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -250,6 +251,27 @@ class Gallery:
         with self._writing:
             self._record.end(error)
 
+    @property
+    def record(self) -> Record:
+        """What is on the disk, to read from."""
+        return self._record
+
+    @contextmanager
+    def writing(self, long: bool = False) -> Iterator[Record]:
+        """The record, for whoever alone may write to it during the block; `busy` tells of a `long` write."""
+        with self._writing:
+            before, self.busy = self.busy, self.busy or long
+            try:
+                yield self._record
+            finally:
+                self.busy = before
+
+    def heir(self, record: Record, index: Index, encoder: Identity) -> "Gallery":
+        """This gallery with other vectors, which are in the record already. This one is not used any more."""
+        other = copy(self)
+        other._record, other._index, other._encoder, other.busy = record, index, encoder, False
+        return other
+
     def long_read(self, left: threading.Event) -> AbstractContextManager[sqlite3.Connection]:
         """As `Record.long_read`."""
         return self._record.long_read(left)
@@ -270,7 +292,7 @@ class Gallery:
         outcome = {"created": 0, "replaced": 0, "unchanged": 0}
         fresh: list[dict[int, F32]] = []
         old: dict[str, int] = {}  # keys that go, by id
-        with self._long_write():
+        with self.writing(long=True):
             self.require(encoder)
             with self._record.transaction():
                 self._record.set_fact("encoder", orjson.dumps(encoder._asdict()).decode())
@@ -311,15 +333,6 @@ class Gallery:
         vector = new.vector.astype("<f4").tobytes()
         key = self._record.insert_bare(item.id, item.label, metadata, new.sha256 or "", vector)
         return "replaced" if there else "created", key
-
-    @contextmanager
-    def _long_write(self) -> Iterator[None]:
-        with self._writing:
-            self.busy = True
-            try:
-                yield
-            finally:
-                self.busy = False
 
 
 def _same(row: Row, new: NewVector) -> bool:

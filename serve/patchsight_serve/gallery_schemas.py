@@ -7,6 +7,23 @@ from pydantic import BaseModel, Field
 from patchsight_serve.schemas import EncoderName, ErrorBody
 
 
+class ImageFailure(BaseModel):
+    """An image that another encoder cannot embed."""
+
+    id: str
+    message: str
+
+
+class Reembedding(BaseModel):
+    """How far another encoder is with the images of a gallery."""
+
+    encoder: EncoderName
+    done: int
+    total: int
+    failed: list[ImageFailure] = Field(description="the first 100")
+    error: str | None = Field(description="why it has stopped; null while it is at work")
+
+
 class GalleryInfo(BaseModel):
     """A gallery as a whole."""
 
@@ -15,6 +32,7 @@ class GalleryInfo(BaseModel):
     encoder: EncoderName | None = Field(description="the encoder it is bound to; null while it is empty")
     damaged: list[str] = Field(description="ids whose rows failed their checksum and are left out; add them again")
     galleries: list[str] = Field(description="names of all galleries")
+    reembedding: Reembedding | None = Field(description="by another encoder, at work or stopped by an error")
 
 
 class RestoreReply(BaseModel):

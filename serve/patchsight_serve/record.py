@@ -27,6 +27,8 @@ CREATE INDEX IF NOT EXISTS images_by_label ON images (label) WHERE label IS NOT 
 CREATE TABLE IF NOT EXISTS pictures (
     key INTEGER PRIMARY KEY REFERENCES images ON DELETE CASCADE,
     thumbnail BLOB NOT NULL, checksum BLOB NOT NULL, original BLOB);
+CREATE TABLE IF NOT EXISTS next_vectors (
+    key INTEGER PRIMARY KEY REFERENCES images ON DELETE CASCADE, vector BLOB NOT NULL, checksum BLOB NOT NULL);
 PRAGMA user_version = {VERSION};
 """
 _COLUMNS = "key, id, label, metadata, sha256, vector, checksum"
@@ -54,10 +56,11 @@ class Row:
 
 def row_checksum(id: str, label: str | None, metadata: str, sha256: str, vector: bytes) -> bytes:
     """16 bytes that change with any byte of the row."""
-    return _digest(repr((id, label, metadata, sha256)).encode() + bytes(vector))
+    return digest(repr((id, label, metadata, sha256)).encode() + bytes(vector))
 
 
-def _digest(data: bytes) -> bytes:
+def digest(data: bytes) -> bytes:
+    """16 bytes that change with any byte of the data."""
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
@@ -155,7 +158,7 @@ class Record:
     ) -> int:  # fmt: skip
         """Inside a transaction. Returns the new key."""
         key = self.insert_bare(id, label, metadata, sha256, vector)
-        self._writer.execute("INSERT INTO pictures VALUES (?, ?, ?, ?)", (key, thumbnail, _digest(thumbnail), original))
+        self._writer.execute("INSERT INTO pictures VALUES (?, ?, ?, ?)", (key, thumbnail, digest(thumbnail), original))
         return key
 
     def describe(self, row: Row, label: str | None, metadata: str) -> None:
@@ -201,7 +204,7 @@ class Record:
     def thumbnail(self, key: int) -> bytes | None:
         """JPEG bytes. Raises PatchsightError if they are damaged."""
         found = self._read("SELECT thumbnail, checksum FROM pictures WHERE key = ?", (key,))
-        if found and _digest(found[0][0]) != found[0][1]:
+        if found and digest(found[0][0]) != found[0][1]:
             raise PatchsightError("the stored thumbnail is damaged; add the image again with replace=true")
         return found[0][0] if found else None
 
@@ -249,6 +252,22 @@ class Record:
         """Close for good: whoever still asks gets `error`. One thread at a time, with no transaction begun."""
         self._ended = error
         self.close()
+
+    def read(self, query: str, values: Sequence[str | int] = ()) -> list[tuple]:  # type: ignore[type-arg]
+        """What is committed, by a query of one's own."""
+        return self._read(query, values)
+
+    def execute(self, change: str, values: Sequence[str | int | bytes] = ()) -> None:
+        """A change of one's own, inside a transaction."""
+        self._writer.execute(change, values)
+
+    def heir(self) -> "Record":
+        """The same file and connections once more, for when this record is retired."""
+        return copy(self)
+
+    def retire(self, error: PatchsightError | None) -> None:
+        """As `end`, and leave the file to the heir. None takes it back."""
+        self._ended = error
 
 
 def rows_in(connection: sqlite3.Connection, chunk: int) -> Iterator[list[Row]]:

@@ -19,7 +19,7 @@ from patchsight_serve.file_reply import FileReply
 from patchsight_serve.galleries import GalleryQuery, described
 from patchsight_serve.gallery import Gallery
 from patchsight_serve.gallery_file import GalleryFile
-from patchsight_serve.gallery_schemas import ImportReply, RestoreReply
+from patchsight_serve.gallery_schemas import ImportReply, Reembedding, RestoreReply
 from patchsight_serve.long_work import LongWork
 from patchsight_serve.replies import RAW, json_reply
 from patchsight_serve.schemas import ErrorReply
@@ -42,7 +42,7 @@ _FILE: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
 
 
 def router() -> APIRouter:
-    """The five routes."""
+    """The six routes."""
     routes = APIRouter(tags=["gallery"])
     routes.delete(
         "/gallery", summary="Remove a gallery", status_code=204, response_class=Response, responses=_ERRORS
@@ -81,6 +81,16 @@ def router() -> APIRouter:
             **_BODY_ERRORS,
         },
     )(add_file)
+    routes.post(
+        "/gallery/reembed",
+        summary="Have another encoder embed the images",
+        status_code=202,
+        responses={
+            202: {"model": Reembedding},
+            404: {"model": ErrorReply, "description": "No such gallery or encoder."},
+            409: {"model": ErrorReply, "description": "Another one is at work, or originals were not kept."},
+        },
+    )(reembed)
     return routes
 
 
@@ -150,6 +160,19 @@ async def add_file(
         gallery = await asyncio.to_thread(galleries.get, gallery_name, True)
         outcome = await work.run(lambda left: gallery.add_vectors(file.batches(left), file.encoder, replace))
     return json_reply({**_told(gallery), **outcome})
+
+
+async def reembed(
+    request: Request,
+    encoder: Annotated[str, Query(description="name of the encoder that the gallery is to be bound to")],
+    gallery_name: GalleryQuery = DEFAULT,
+) -> Response:
+    """From the originals, in the background, after all other work; `GET /gallery` tells how far it is. Until all images
+    are done the gallery answers as before; then it is the other encoder's, in one step. Images that are added meanwhile
+    are embedded by both. If the server is stopped, asking again goes on from there."""
+    galleries, _ = _parts(request)
+    gallery = await asyncio.to_thread(galleries.get, gallery_name)
+    return json_reply(await request.app.state.reembeddings.begin(gallery, encoder), 202)
 
 
 def _parts(request: Request) -> tuple[Galleries, LongWork]:
