@@ -14,7 +14,17 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from patchsight_serve import __version__, embeddings, galleries, neighbors, openai_api, origin, page, status, whole_gallery
+from patchsight_serve import (
+    __version__,
+    embeddings,
+    galleries,
+    neighbors,
+    openai_api,
+    origin,
+    page,
+    status,
+    whole_gallery,
+)
 from patchsight_serve.auth import BearerAuth
 from patchsight_serve.bodies import BodyLimits
 from patchsight_serve.collection import Galleries, NoGalleries

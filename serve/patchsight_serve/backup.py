@@ -89,6 +89,8 @@ def _opened(path: Path, left: threading.Event) -> Iterator[sqlite3.Connection]:
         for pragma in ("trusted_schema = OFF", "cell_size_check = ON", "foreign_keys = ON"):
             connection.execute(f"PRAGMA {pragma}")
         yield connection
+    except UnicodeDecodeError:  # what SQLite says of a name that is damaged holds the name
+        raise DamagedFile("the file is damaged: a name in it is no text") from None
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", None)
         if code == sqlite3.SQLITE_FULL:

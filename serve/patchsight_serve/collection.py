@@ -1,6 +1,5 @@
 """All galleries of a server: one folder each under `<state_dir>/galleries`, opened when first needed."""
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
@@ -111,7 +110,7 @@ class Galleries:
         with self._alone(name):
             for log in ("-wal", "-shm"):  # they would be taken for the new file's
                 (folder / f"{FILE}{log}").unlink(missing_ok=True)
-            os.replace(file, folder / FILE)
+            file.replace(folder / FILE)
             sync(folder)
             sync(self._folder)
 

@@ -86,7 +86,9 @@ class NextVectors:
                         for row, vector in zip(rows, vectors, strict=True):
                             data = vector.tobytes()
                             checksum = row_checksum(row.id, row.label, row.metadata, row.sha256, data)
-                            heir.execute("UPDATE images SET vector = ?, checksum = ? WHERE key = ?", (data, checksum, row.key))
+                            heir.execute(
+                                "UPDATE images SET vector = ?, checksum = ? WHERE key = ?", (data, checksum, row.key)
+                            )
                         index.extend(np.array([row.key for row in rows], dtype=np.int64), vectors)
                     heir.execute("DELETE FROM next_vectors")
                     heir.execute("DELETE FROM facts WHERE name = ?", (FACT,))

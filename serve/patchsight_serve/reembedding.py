@@ -80,7 +80,9 @@ class Reembeddings:
                 "gallery",
             )
         self._progress[name] = progress = Progress(gallery, loaded.identity, 0, len(gallery))
-        self._tasks[name] = task = asyncio.create_task(self._run(gallery, loaded.identity, progress), name="reembedding")
+        self._tasks[name] = task = asyncio.create_task(
+            self._run(gallery, loaded.identity, progress), name="reembedding"
+        )
         task.add_done_callback(lambda _: self._tasks.pop(name))
         return progress.described()
 

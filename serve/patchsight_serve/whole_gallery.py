@@ -44,9 +44,9 @@ _FILE: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
 def router() -> APIRouter:
     """The six routes."""
     routes = APIRouter(tags=["gallery"])
-    routes.delete(
-        "/gallery", summary="Remove a gallery", status_code=204, response_class=Response, responses=_ERRORS
-    )(delete)
+    routes.delete("/gallery", summary="Remove a gallery", status_code=204, response_class=Response, responses=_ERRORS)(
+        delete
+    )
     routes.get(
         "/gallery/backup",
         summary="A gallery as one SQLite file",
@@ -95,7 +95,7 @@ def router() -> APIRouter:
 
 
 async def delete(request: Request, gallery_name: GalleryQuery = DEFAULT) -> Response:
-    """With its images and its files. The default gallery is always there: it is emptied, and takes images of any encoder.
+    """With its images and files. The default gallery is always there: it is emptied, and takes images of any encoder.
 
     Requests that are at it are answered from it as it was, or with 404.
     """
@@ -132,8 +132,8 @@ async def restore(
 
 
 async def take_export(request: Request, gallery_name: GalleryQuery = DEFAULT) -> Response:
-    """Columns `id`, `label`, `metadata` (JSON), `sha256` (of the encoded image), `embedding` (of length 1); the metadata
-    key `patchsight` says which encoder. Damaged rows are left out."""
+    """Columns `id`, `label`, `metadata` (JSON), `sha256` (of the encoded image), `embedding` (of length 1); the key
+    `patchsight` of the file's metadata says which encoder. Damaged rows are left out."""
     galleries, work = _parts(request)
     service: Service = request.app.state.service
     outputs = {loaded.identity: loaded.manifest.recommended for loaded in service.loaded.values()}
@@ -143,9 +143,7 @@ async def take_export(request: Request, gallery_name: GalleryQuery = DEFAULT) ->
     return FileReply(file, PARQUET, f"{gallery.name}.parquet")
 
 
-async def add_file(
-    request: Request, gallery_name: GalleryQuery = DEFAULT, replace: ReplaceQuery = False
-) -> Response:
+async def add_file(request: Request, gallery_name: GalleryQuery = DEFAULT, replace: ReplaceQuery = False) -> Response:
     """What `export` or `patchsight-embed` wrote: all of it or nothing. Images that come so have no pictures.
 
     An id that no gallery takes, as a path, goes to `metadata.path`, and the beginning of its sha256 is the id. What is
@@ -218,4 +216,6 @@ def _check_output(service: Service, file: GalleryFile) -> None:
         )
     (dim,) = manifest.outputs[f"{manifest.recommended}_embedding"]
     if file.dim != dim:
-        raise InvalidRequest(f"the file's embeddings have {file.dim} numbers, those of {name!r} have {dim}", "embedding")
+        raise InvalidRequest(
+            f"the file's embeddings have {file.dim} numbers, those of {name!r} have {dim}", "embedding"
+        )

@@ -16,7 +16,6 @@ from patchsight_serve import backup
 from patchsight_serve.collection import Galleries
 from patchsight_serve.errors import PatchsightError
 from patchsight_serve.fake_encoder import FakeEncoder
-from patchsight_serve.gallery import Gallery
 from patchsight_serve.item import Identity, Item, NewImage
 from patchsight_serve.nearest import normalize
 from patchsight_serve.record import row_checksum
@@ -34,9 +33,7 @@ def photos(encode: Callable[..., bytes]) -> list[bytes]:
 def add(client: TestClient, photos: list[bytes], gallery: str) -> None:
     items = [{"id": f"i{i:02d}", "label": "abc"[i % 3], "metadata": {"n": i, "ü": [1]}} for i in range(len(photos))]
     files = [("images", (f"{i}.png", photo)) for i, photo in enumerate(photos)]
-    reply = client.post(
-        "/gallery/images", files=files, data={"items": json.dumps(items)}, params={"gallery": gallery}
-    )
+    reply = client.post("/gallery/images", files=files, data={"items": json.dumps(items)}, params={"gallery": gallery})
     assert reply.status_code == 200
 
 
@@ -191,8 +188,8 @@ def test_a_backup_holds_just_a_prefix_of_the_acknowledged_writes(tmp_path: Path)
     galleries.close()
 
 
-def test_readers_and_writers_go_on_during_a_backup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It hangs before its first byte, holding what it will read."""
+def test_readers_and_writers_go_on_during_a_backup(tmp_path: Path) -> None:
+    """It has begun, and stands still."""
     galleries = Galleries(tmp_path / "g")
     gallery = galleries.get("mine", create=True)
     vector = normalize(np.ones(4, np.float32))
@@ -262,11 +259,11 @@ def test_a_damaged_row_is_refused_or_left_out(client: TestClient, photos: list[b
 
 def test_damage_anywhere_is_refused_or_does_no_harm(client: TestClient, photos: list[bytes]) -> None:
     """Bytes flipped all over the file: it is refused, or every answer is right; never a 500, never half a gallery."""
-    add(client, photos, "mine")
+    add(client, photos[:3], "mine")
     good, truth = backed_up(client), everything(client, "mine", photos[0])
     rng = np.random.default_rng(1)
     refused = 0
-    for _ in range(60):
+    for _ in range(50):
         body = bytearray(good)
         for at in rng.integers(0, len(body) if rng.random() < 0.5 else 4096, 3):
             body[at] ^= 1 << int(rng.integers(8))
@@ -283,7 +280,7 @@ def test_damage_anywhere_is_refused_or_does_no_harm(client: TestClient, photos: 
         for id, (small, original) in pictures.items():  # damage in a picture shows when it is asked for
             assert small == truth[id][2] or b"damaged" in small
             assert original == truth[id][3] or b"damaged" in original
-    assert refused > 20
+    assert 10 < refused < 50
 
 
 @pytest.mark.parametrize(
@@ -297,7 +294,7 @@ def test_damage_anywhere_is_refused_or_does_no_harm(client: TestClient, photos: 
         ("CREATE INDEX i ON images (sha256)", 400, "index 'i'"),
         ("DELETE FROM facts", 400, "which encoder made its vectors"),
         ("UPDATE facts SET value = '[1]' WHERE name = 'encoder'", 400, "which encoder made its vectors"),
-        ("UPDATE facts SET value = '{\"name\": 1, \"sha256\": \"x\"}' WHERE name = 'encoder'", 400, "which encoder"),
+        ('UPDATE facts SET value = \'{"name": 1, "sha256": "x"}\' WHERE name = \'encoder\'', 400, "which encoder"),
         ("UPDATE pictures SET thumbnail = 'text'", 400, "a picture that is not bytes"),
         ("INSERT INTO pictures VALUES (999, x'00', x'00', NULL)", 400, "a picture of no image"),
         ("UPDATE sqlite_sequence SET seq = 9223372036854775807", 400, "counts its keys"),
@@ -364,7 +361,7 @@ def test_other_bodies_are_refused(client: TestClient, png: bytes) -> None:
 
 
 def test_a_body_over_the_limit_is_413_and_a_full_disk_507(
-    serving, photos: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = serving(max_restore_bytes=50_000, state_dir=tmp_path)
     assert error(post(client, bytes(50_001), gallery="x")) == (

@@ -196,7 +196,8 @@ KILLED = """
     galleries = Galleries(Path(folder))
     file = galleries.scratch.make() / "gallery.sqlite"
     shutil.copyfile(Path(folder).parent / "new.sqlite", file)
-    name, module = {"rename": ("rename", Path), "replace": ("replace", os), "rmtree": ("rmtree", shutil)}[where.split()[-1]]
+    name = where.split()[-1]
+    module = {"rename": Path, "replace": os, "rmtree": shutil}[name]
     real = getattr(module, name)
     def deadly(*args, **kwargs):
         if "after" in where:

@@ -20,6 +20,7 @@ from patchsight_serve.fake_encoder import FakeEncoder
 from patchsight_serve.gallery_file import look_over
 from patchsight_serve.item import Identity, Item, NewImage, NewVector
 from patchsight_serve.nearest import normalize
+from patchsight_serve.ort_encoder import OrtEncoder
 
 ENCODER = FakeEncoder().manifest
 MADE_BY = Identity(ENCODER.name, ENCODER.sha256)
@@ -38,9 +39,7 @@ def add(client: TestClient, photos: list[bytes], gallery: str) -> None:
     items = [{"id": f"i{i:02d}", "label": "ab"[i % 2] if i % 5 else None} for i in range(len(photos))]
     items[3]["metadata"] = {"path": "ü/3.png", "n": [1, {"m": None}]}
     files = [("images", (f"{i}.png", photo)) for i, photo in enumerate(photos)]
-    reply = client.post(
-        "/gallery/images", files=files, data={"items": json.dumps(items)}, params={"gallery": gallery}
-    )
+    reply = client.post("/gallery/images", files=files, data={"items": json.dumps(items)}, params={"gallery": gallery})
     assert reply.status_code == 200
 
 
@@ -129,9 +128,7 @@ def test_any_reader_finds_what_the_gallery_holds(client: TestClient, photos: lis
     assert set(features) == set(found.column_names)
 
 
-def test_files_of_patchsight_embed_come_in(
-    client: TestClient, photos: list[bytes], tmp_path: Path
-) -> None:
+def test_files_of_patchsight_embed_come_in(client: TestClient, tmp_path: Path) -> None:
     """Ids that are paths go to the metadata, numbers become the names of their classes, vectors get length 1."""
     rows = np.random.default_rng(0).standard_normal((4, 16)).astype(np.float32) * 5
     with written(tmp_path / "e.parquet", ["cat", "dog"], MADE_BY, "cls") as out:
@@ -152,11 +149,9 @@ def test_files_of_patchsight_embed_come_in(
 
 
 def test_the_command_and_the_server_give_one_gallery(
-    serve: Callable[..., str], tiny_bundle: Path, photos: list[bytes], tmp_path: Path
+    serving, tiny_bundle: Path, photos: list[bytes], tmp_path: Path
 ) -> None:
     """patchsight-embed of a folder, imported, finds what the server finds for the same pictures."""
-    import httpx
-
     for i, photo in enumerate(photos):
         (tmp_path / "photos" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         (tmp_path / "photos" / "ab"[i % 2] / f"{i}.png").write_bytes(photo)
@@ -164,11 +159,10 @@ def test_the_command_and_the_server_give_one_gallery(
         "--data", str(tmp_path / "photos"), "--out", str(tmp_path / "e.parquet"), "--encoder", "tiny",
         "--model-repository", str(tiny_bundle.parent),
     ])  # fmt: skip
-    url = serve("--model-repository", tiny_bundle.parent, "--threads", 1, "--no-sample-gallery", "--drain-delay-s", 0)
-    body = (tmp_path / "e.parquet").read_bytes()
-    assert httpx.post(f"{url}/gallery/import", content=body, headers=PARQUET).json()["created"] == 12
+    client = serving(OrtEncoder(tiny_bundle, threads=1))
+    assert post(client, tmp_path / "e.parquet").json()["created"] == 12
     for i, photo in enumerate(photos):
-        (found,) = httpx.post(f"{url}/neighbors", content=photo, params={"k": 1}).json()["neighbors"]
+        (found,) = client.post("/neighbors", content=photo, params={"k": 1}).json()["neighbors"]
         assert found["metadata"]["path"] == f"{'ab'[i % 2]}/{i}.png"
         assert found["label"] == "ab"[i % 2]
         assert found["score"] == pytest.approx(1, abs=1e-5)
@@ -286,7 +280,7 @@ NAN, ZERO = [float("nan")] + [1.0] * 15, [0.0] * 16
         ({"id": ["a", "b", "a"]}, "id 'a' twice"),
         ({"label": ["a", "x" * 300, "c"]}, "row 1: label"),
         ({"label": [1.5, 2.5, 3.5]}, "`label` holds double, no text"),
-        ({"metadata": ["{}", "[1]", "{}"]}, "row 1: metadata '[1]' is not a JSON object"),
+        ({"metadata": ["{}", "[1]", "{}"]}, "row 1: metadata [1] is not a JSON object"),
         ({"metadata": ["{}", "{", "{}"]}, "row 1: metadata is not JSON"),
         ({"metadata": [{"a": 1}] * 3}, "`metadata` holds struct"),
         ({"sha256": ["0" * 64, "xyz", None]}, "row 1: sha256 'xyz' is not 64 hex digits"),
@@ -308,8 +302,9 @@ def test_what_is_no_parquet_or_has_no_encoder_is_refused(client: TestClient, tmp
     for body in (b"", b"text", good[:-100], good[:100], good[4:]):
         reply = post(client, body)
         assert (reply.status_code, "cannot be read as Parquet" in reply.text) == (400, True), reply.text
-    for said in ({}, {"patchsight": "{}"}, {"patchsight": "x"}, {"patchsight": "[1]"}, {"patchsight": '{"name": "a"}'},
-                 {"patchsight": '{"name": "a", "sha256": "x", "output": "cls"}'}, {"patchsight": "[" * 100_000}):  # fmt: skip
+    no_sha256 = '{"name": "a", "sha256": "x", "output": "cls"}'
+    for text in ("{}", "x", "[1]", '{"name": "a"}', no_sha256, "[" * 100_000, None):
+        said = {} if text is None else {"patchsight": text}
         pq.write_table(table().replace_schema_metadata(said), path)
         reply = post(client, path)
         assert reply.status_code == 400, reply.text
@@ -322,7 +317,7 @@ def test_damage_anywhere_is_refused_or_does_no_harm(client: TestClient, tmp_path
     good = file(tmp_path / "e.parquet", table(3), use_dictionary=False).read_bytes()
     rng = np.random.default_rng(2)
     refused = 0
-    for i in range(150):
+    for i in range(60):
         body = bytearray(good)
         for at in rng.integers(0, len(body), 3):
             body[at] ^= 1 << int(rng.integers(8))
@@ -333,7 +328,7 @@ def test_damage_anywhere_is_refused_or_does_no_harm(client: TestClient, tmp_path
         assert (count.status_code == 404 or count.json()["count"] == 0) == (reply.status_code != 200)
         if reply.status_code == 200:
             assert count.json()["count"] == reply.json()["created"] > 0
-    assert 20 < refused < 150
+    assert 5 < refused < 60
 
 
 def test_nothing_is_stored_when_the_disk_is_full_or_a_row_is_taken(tmp_path: Path) -> None:
@@ -371,7 +366,7 @@ def test_nothing_is_stored_when_the_disk_is_full_or_a_row_is_taken(tmp_path: Pat
 
 
 def test_reads_go_on_during_an_import_and_short_writes_wait_outside_of_threads(
-    client: TestClient, photos: list[bytes], until: Callable[..., None]
+    client: TestClient, photos: list[bytes]
 ) -> None:
     add(client, photos, "mine")
     gallery = client.app.state.galleries.get("mine")

@@ -95,7 +95,9 @@ def test_afterwards_it_is_as_if_the_other_encoder_had_filled_it(
     after = everything(client, "mine")
     assert after == everything(client, "fresh")
     assert after["encoder"] == beta
-    assert client.post("/neighbors", content=photos[0], params={"gallery": "mine", "encoder": "alpha"}).status_code == 409
+    assert (
+        client.post("/neighbors", content=photos[0], params={"gallery": "mine", "encoder": "alpha"}).status_code == 409
+    )
     client.__exit__(None, None, None)
     again = serving(FakeEncoder("alpha"), Gated(), state_dir=tmp_path)
     assert everything(again, "mine") == after
@@ -225,7 +227,9 @@ def test_an_image_that_cannot_be_embedded_keeps_all_as_it_was(
     assert (info["count"], info["encoder"]["name"]) == (11, "beta")
 
 
-def test_what_cannot_be_begun_says_why(serving, photos: list[bytes], tmp_path: Path, until: Callable[..., None]) -> None:
+def test_what_cannot_be_begun_says_why(
+    serving, photos: list[bytes], tmp_path: Path, until: Callable[..., None]
+) -> None:
     without = serving(FakeEncoder("alpha"), Gated(), state_dir=tmp_path, keep_originals=False)
     add(without, photos[:4], "mine", "alpha")
     without.__exit__(None, None, None)
