@@ -20,7 +20,7 @@ from patchsight_serve.errors import DamagedFile, InvalidRequest, PatchsightError
 from patchsight_serve.gallery import Gallery
 from patchsight_serve.item import Identity, check_id, check_label, encode_metadata, parse_metadata
 from patchsight_serve.next_vectors import FACT
-from patchsight_serve.record import STEPS, VERSION, Record, Row, declared, declared_by_us, rows_in
+from patchsight_serve.record import STEPS, VERSION, Row, declared, declared_by_us, rows_in
 from patchsight_serve.scratch import Scratch
 
 CHUNK = 1000  # rows at once
@@ -65,17 +65,11 @@ def check(path: Path, skip_damaged: bool, left: threading.Event) -> list[str]:
                 param="skip_damaged",
             )
         with connection:
-            connection.execute("BEGIN")
+            connection.execute("BEGIN IMMEDIATE")  # also where there is nothing to take out: it has to be possible
             connection.executemany("DELETE FROM images WHERE key = ?", [(key,) for key in damaged])
             connection.execute("DELETE FROM facts WHERE name = ?", (FACT,))
             if ("table", "next_vectors") in declared(connection):
                 connection.execute("DELETE FROM next_vectors")  # of an encoder that nobody has asked for here
-    try:
-        Record(path).close()  # as it will be opened
-    except StorageFull:
-        raise
-    except PatchsightError:
-        raise DamagedFile("the file is damaged: its header forbids to write to it") from None
     return sorted(damaged.values())
 
 

@@ -283,6 +283,18 @@ def test_damage_anywhere_is_refused_or_does_no_harm(client: TestClient, photos: 
     assert 10 < refused < 50
 
 
+def test_a_file_that_could_not_be_written_to_is_refused_before_it_is_in_place(
+    client: TestClient, photos: list[bytes]
+) -> None:
+    add(client, photos[:2], "mine")
+    body = bytearray(backed_up(client))
+    body[18] = 7  # in the header, the version that is needed to write
+    assert error(post(client, bytes(body), gallery="mine", replace=True)) == (
+        400, "the file cannot be read: attempt to write a readonly database",
+    )  # fmt: skip
+    assert client.get("/gallery", params={"gallery": "mine"}).json()["count"] == 2
+
+
 @pytest.mark.parametrize(
     ("change", "status", "message"),
     [

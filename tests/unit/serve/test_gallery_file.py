@@ -187,7 +187,39 @@ def test_row_groups_are_written_and_read_one_by_one(tmp_path: Path, monkeypatch:
     galleries.close()
 
 
-def test_an_export_is_of_one_moment_and_leaves_damage_out(client: TestClient, photos: list[bytes]) -> None:
+def test_a_vector_of_length_1_stays_bit_by_bit(tmp_path: Path) -> None:
+    """Scaled a second time, some would end in another digit: a file that comes twice would be other vectors."""
+    rows = normalize(np.random.default_rng(0).standard_normal((5000, 2)).astype(np.float32))
+    assert not np.array_equal(normalize(rows), rows)
+    plain = table(5000, label=None, metadata=None, sha256=None, embedding=list(rows))
+    looked = look_over(file(tmp_path / "e.parquet", plain), NOBODY_LEFT)
+    came = np.stack([new.vector for batch in looked.batches(NOBODY_LEFT) for new in batch])
+    np.testing.assert_array_equal(came, rows)
+
+
+def test_an_export_is_of_one_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emptied and filled by another encoder meanwhile: neither that one's name nor its rows are in the file."""
+    galleries = Galleries(tmp_path / "g")
+    gallery = galleries.get("mine", create=True)
+    rows = normalize(np.random.default_rng(0).standard_normal((9, 8)).astype(np.float32))
+    gallery.add([NewImage(Item(f"i{i}"), b"x", b"thumb", row) for i, row in enumerate(rows)], MADE_BY)
+    real = gallery_file.rows_in
+
+    def late(connection: Any, chunk: int):
+        for i in range(9):
+            gallery.delete(f"i{i}")
+        gallery.add([NewImage(Item("other"), b"x", b"thumb", rows[0])], Identity("other", "b" * 64))
+        yield from real(connection, chunk)
+
+    monkeypatch.setattr(gallery_file, "rows_in", late)
+    with gallery_file.export(gallery, galleries.scratch, {}, NOBODY_LEFT) as out:
+        found = pq.read_table(pa.BufferReader(out.read()))
+    assert found.column("id").to_pylist() == [f"i{i}" for i in range(9)]
+    assert json.loads(found.schema.metadata[b"patchsight"])["name"] == MADE_BY.name
+    galleries.close()
+
+
+def test_an_export_leaves_damage_out(client: TestClient, photos: list[bytes]) -> None:
     add(client, photos, "mine")
     gallery = client.app.state.galleries.get("mine")
     with gallery._record.transaction():

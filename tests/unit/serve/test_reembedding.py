@@ -400,6 +400,19 @@ def test_it_does_not_take_over_before_all_are_there_and_sound(tmp_path: Path) ->
     galleries.close()
 
 
+def test_an_original_that_is_damaged_or_gone_is_not_embedded(tmp_path: Path) -> None:
+    galleries = Galleries(tmp_path / "g")
+    filled(galleries)
+    gallery = galleries.get("mine")
+    with gallery.writing() as record, record.transaction():
+        record.execute("UPDATE pictures SET original = x'00' WHERE key = 3")
+        record.execute("UPDATE pictures SET original = NULL WHERE key = 5")
+    todo = {entry.row.id: entry.original for entry in NextVectors(gallery, NEW).todo(0, 1000)}
+    assert (str(todo.pop("i02")), str(todo.pop("i04"))) == ("its original is damaged", "its original was not kept")
+    assert todo == {f"i{i:02d}": str(i).encode() for i in range(60) if i not in (2, 4)}
+    galleries.close()
+
+
 def test_a_failure_while_it_takes_over_leaves_all_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     galleries = Galleries(tmp_path / "g")
     filled(galleries)

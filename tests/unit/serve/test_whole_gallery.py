@@ -212,3 +212,26 @@ def test_a_server_of_several_processes_has_none_of_this(serving, tmp_path: Path,
         reply = client.request(method, path)
         assert (reply.status_code, "--processes 1" in reply.text) == (404, True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [("/gallery/backup", "gallery.sqlite"), ("/gallery/export", "gallery.parquet")]
+)
+def test_a_disk_that_is_full_is_507_and_reads_go_on(
+    client: TestClient, photos: list[bytes], monkeypatch: pytest.MonkeyPatch, path: str, name: str
+) -> None:
+    for i, photo in enumerate(photos):
+        add(client, photo, id=f"i{i}")
+    scratch = client.app.state.galleries.scratch
+    make = scratch.make
+
+    def full() -> Path:
+        folder: Path = make()
+        (folder / name).symlink_to("/dev/full")
+        return folder
+
+    monkeypatch.setattr(scratch, "make", full)
+    reply = client.get(path)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (507, "storage_full"), reply.text
+    assert client.get("/neighbors?id=i0").status_code == 200
+    assert scratch_files(client) == []
