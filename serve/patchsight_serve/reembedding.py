@@ -118,8 +118,9 @@ class Reembeddings:
         """All that there is to do now, and what comes meanwhile."""
         after = 0
         limit = min(BATCH, self._service.settings.max_images)
+        progress.done = await asyncio.to_thread(vectors.done)
         while todo := await asyncio.to_thread(vectors.todo, after, limit):
-            progress.done, progress.total = await asyncio.to_thread(vectors.done), len(gallery)
+            progress.total = len(gallery)
             after = todo[-1].row.key
             sound = [entry for entry in todo if entry.row.intact]
             made = await self._embed(sound, progress.encoder)
@@ -130,6 +131,7 @@ class Reembeddings:
                 else:
                     fresh[entry.row.key] = result
             await asyncio.to_thread(vectors.put, fresh)
+            progress.done += len(fresh)
         progress.done, progress.total = await asyncio.to_thread(vectors.done), len(gallery)
 
     async def _embed(self, todo: Sequence[Todo], encoder: Identity) -> list[F32 | PatchsightError]:
