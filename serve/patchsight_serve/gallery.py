@@ -8,7 +8,7 @@ import hashlib
 import logging
 import sqlite3
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from pathlib import Path
@@ -24,7 +24,6 @@ from patchsight_serve.item import (
     Image,
     Neighbor,
     NewImage,
-    NewVector,
     check_id,
     check_label,
     encode_metadata,
@@ -276,70 +275,19 @@ class Gallery:
         """As `Record.long_read`."""
         return self._record.long_read(left)
 
-    def add_vectors(
-        self, batches: Iterable[Sequence[NewVector]], encoder: Identity, replace: bool = False
-    ) -> dict[str, int]:
-        """Add images without their pictures, all or none of them, durably once this returns. How many were `created`,
-        `replaced` and `unchanged`.
+    @property
+    def dim(self) -> int | None:
+        """Numbers per vector; None while it is empty."""
+        return self._index.dim
 
-        batches: no id is in them twice. What is there already, by sha256 or by its vector, is unchanged; with `replace`
-        it gets the label and metadata, and keeps its picture. Readers go on meanwhile; other writers wait, and `busy`
-        tells of it.
-
-        Raises Conflict (another encoder, or another image under an id, without `replace`), InvalidRequest (vectors of
-        another size), StorageFull, and what `batches` raises; then nothing was stored.
-        """
-        outcome = {"created": 0, "replaced": 0, "unchanged": 0}
-        fresh: list[dict[int, F32]] = []
-        old: dict[str, int] = {}  # keys that go, by id
-        with self.writing(long=True):
-            self.require(encoder)
-            with self._record.transaction():
-                self._record.set_fact("encoder", orjson.dumps(encoder._asdict()).decode())
-                for batch in batches:
-                    known = self._record.find([new.item.id for new in batch])
-                    fresh.append({})
-                    for new in batch:
-                        row = known.get(new.item.id)
-                        said, key = self._add_vector(new, row, replace)
-                        outcome[said] += 1
-                        if key is not None:
-                            fresh[-1][key] = new.vector
-                        if key is not None and row is not None:
-                            old[row.id] = row.key
-            self._encoder = encoder
-            self._index.change({}, old.values())
-            for vectors in fresh:
-                self._index.change(vectors)
-            self.damaged = [id for id in self.damaged if id not in old]
-        return outcome
-
-    def _add_vector(self, new: NewVector, row: Row | None, replace: bool) -> tuple[str, int | None]:
-        """Inside a transaction. What became of it, and its key, if it has a new one. row: what is under its id."""
-        if self._index.dim not in (None, new.vector.size):
-            message = f"a vector has {new.vector.size} values, those of the gallery have {self._index.dim}"
-            raise InvalidRequest(message, param="embedding")
-        item, metadata = new.item, encode_metadata(new.item.metadata)
-        there = row is not None and row.intact
-        if row is not None and there and _same(row, new):
-            if not replace or (row.label, row.metadata) == (item.label, metadata):
-                return "unchanged", None
-            self._record.describe(row, item.label, metadata)
-            return "replaced", None
-        if there and not replace:
-            raise Conflict(f"id {item.id!r} is taken by another image; replace=true replaces it", param="id")
-        if row is not None:
-            self._record.delete(row.key)
-        vector = new.vector.astype("<f4").tobytes()
-        key = self._record.insert_bare(item.id, item.label, metadata, new.sha256 or "", vector)
-        return "replaced" if there else "created", key
-
-
-def _same(row: Row, new: NewVector) -> bool:
-    """By the bytes of the picture where both are known, else by the vector: another batch moves its last digits."""
-    if row.sha256 and new.sha256:
-        return row.sha256 == new.sha256
-    return bool(np.allclose(np.frombuffer(row.vector, dtype="<f4"), new.vector, rtol=0, atol=1e-4))
+    def commit(self, encoder: Identity, gone: Mapping[str, int], fresh: Iterable[Mapping[int, F32]]) -> None:
+        """While `writing`: have in memory what is in the record now. gone: keys by id, in whose place others may be.
+        fresh: unit vectors `(D,)` by key."""
+        self._encoder = encoder
+        self._index.change({}, gone.values())
+        for vectors in fresh:
+            self._index.change(vectors)
+        self.damaged = [id for id in self.damaged if id not in gone]
 
 
 def _image(row: Row) -> Image:

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from patchsight_serve import backup, gallery_file
 from patchsight_serve.body_file import receive_file
+from patchsight_serve.bulk_add import add_vectors
 from patchsight_serve.collection import DEFAULT, Galleries
 from patchsight_serve.departure import while_connected
 from patchsight_serve.errors import Conflict, InvalidRequest
@@ -156,7 +157,7 @@ async def add_file(request: Request, gallery_name: GalleryQuery = DEFAULT, repla
         file = await work.run(lambda left: gallery_file.look_over(path, left))
         _check_output(request.app.state.service, file)
         gallery = await asyncio.to_thread(galleries.get, gallery_name, True)
-        outcome = await work.run(lambda left: gallery.add_vectors(file.batches(left), file.encoder, replace))
+        outcome = await work.run(lambda left: add_vectors(gallery, file.batches(left), file.encoder, replace))
     return json_reply({**_told(gallery), **outcome})
 
 

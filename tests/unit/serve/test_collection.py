@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from patchsight_serve.bulk_add import add_vectors
 from patchsight_serve.collection import DEFAULT, Galleries, NoGalleries
 from patchsight_serve.errors import Conflict, NotFound, PatchsightError, Superseded
 from patchsight_serve.gallery import Gallery
@@ -79,7 +80,7 @@ def test_whoever_holds_a_removed_gallery_gets_404_and_never_the_new_one_of_its_n
         lambda: old.vectors(["a1"]), lambda: old.thumbnail("a1"), lambda: old.original("a1"),
         lambda: old.holds([("a1", "x")]), lambda: old.add([new("c", 9)], ENCODER), lambda: old.add([], ENCODER),
         lambda: old.delete("a1"), lambda: old.patch("a1", {"label": "x"}), lambda: old.fact("encoder"),
-        lambda: old.long_read(threading.Event()).__enter__(), lambda: old.add_vectors([], ENCODER),
+        lambda: old.long_read(threading.Event()).__enter__(), lambda: add_vectors(old, [], ENCODER),
     ]  # fmt: skip
     for call in calls:
         with pytest.raises(NotFound, match="no gallery 'mine': it was removed"):

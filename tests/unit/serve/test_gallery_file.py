@@ -13,6 +13,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from patchsight_serve import embed, gallery_file
+from patchsight_serve.bulk_add import add_vectors
 from patchsight_serve.collection import Galleries
 from patchsight_serve.embedding_file import read_embeddings, written
 from patchsight_serve.errors import Conflict, InvalidRequest, StorageFull
@@ -368,31 +369,31 @@ def test_nothing_is_stored_when_the_disk_is_full_or_a_row_is_taken(tmp_path: Pat
     gallery = galleries.get("mine", create=True)
     rows = normalize(np.random.default_rng(0).standard_normal((2000, 64)).astype(np.float32))
     new = [NewVector(Item(f"i{i}"), None, row) for i, row in enumerate(rows)]
-    gallery.add_vectors([new[:3]], MADE_BY)
+    add_vectors(gallery, [new[:3]], MADE_BY)
     writer = gallery._record._writer
     pages = writer.execute("PRAGMA page_count").fetchone()[0]
     writer.execute(f"PRAGMA max_page_count = {pages + 20}")
     with pytest.raises(StorageFull):
-        gallery.add_vectors([new[3:1000], new[1000:]], MADE_BY)
+        add_vectors(gallery, [new[3:1000], new[1000:]], MADE_BY)
     writer.execute("PRAGMA max_page_count = 1000000")
     last = NewVector(Item("i1"), None, rows[7])
     with pytest.raises(Conflict, match="id 'i1' is taken"):
-        gallery.add_vectors([new[3:1000], [last]], MADE_BY)
+        add_vectors(gallery, [new[3:1000], [last]], MADE_BY)
     with pytest.raises(InvalidRequest, match="8 values, those of the gallery have 64"):
-        gallery.add_vectors([new[3:9], [NewVector(Item("x"), None, rows[0, :8])]], MADE_BY)
+        add_vectors(gallery, [new[3:9], [NewVector(Item("x"), None, rows[0, :8])]], MADE_BY)
 
     def broken():
         yield new[3:9]
         raise InvalidRequest("no more")
 
     with pytest.raises(InvalidRequest, match="no more"):
-        gallery.add_vectors(broken(), MADE_BY)
+        add_vectors(gallery, broken(), MADE_BY)
     assert len(gallery) == 3
     assert not gallery.busy
     assert [n.id for n in gallery.neighbors(rows[5], 10)] == sorted(
         ["i0", "i1", "i2"], key=lambda id: -float(rows[int(id[1:])] @ rows[5])
     )
-    assert gallery.add_vectors([new], MADE_BY) == {"created": 1997, "replaced": 0, "unchanged": 3}
+    assert add_vectors(gallery, [new], MADE_BY) == {"created": 1997, "replaced": 0, "unchanged": 3}
     assert gallery.neighbors(rows[1234], 1)[0].id == "i1234"
     galleries.close()
 
@@ -411,7 +412,7 @@ def test_reads_go_on_during_an_import_and_short_writes_wait_outside_of_threads(
         assert go_on.wait(60)
         yield [NewVector(Item("v2"), None, row)]
 
-    importing = threading.Thread(target=gallery.add_vectors, args=(slowly(), MADE_BY))
+    importing = threading.Thread(target=add_vectors, args=(gallery, slowly(), MADE_BY))
     importing.start()
     assert inside.wait(60)
     replies: list[int] = []
