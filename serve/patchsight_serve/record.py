@@ -1,7 +1,8 @@
 """The durable record of a gallery: one SQLite file. What it has committed survives a kill and a power cut.
 
-A key names one vector for ever: keys are never used twice, and a replaced image gets a new one. Every row carries a
-checksum of itself, so a damaged one is noticed. Pictures lie in their own table, which keeps reading all vectors fast.
+A key names one vector for as long as a `Gallery` lives: keys are never used twice, a replaced image gets a new one, and
+after another encoder has taken over there is another `Gallery`. Every row carries a checksum of itself, so a damaged
+one is noticed. Pictures lie in their own table, which keeps reading all vectors fast.
 """
 
 import errno
