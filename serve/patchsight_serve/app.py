@@ -1,5 +1,6 @@
 """The HTTP application: routes, middleware, and the one place where errors become status codes."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -24,7 +25,8 @@ from patchsight_serve import (
     origin,
     page,
     status,
-)  # fmt: skip
+    whole_gallery,
+)
 from patchsight_serve.auth import BearerAuth
 from patchsight_serve.bodies import BodyLimits
 from patchsight_serve.collection import Galleries, NoGalleries
@@ -33,8 +35,10 @@ from patchsight_serve.decoders import Decoders
 from patchsight_serve.encoder import Encoder, RemoteEncoder
 from patchsight_serve.errors import BundleError, InvalidRequest, NotReady, PatchsightError
 from patchsight_serve.loaded import with_engine
+from patchsight_serve.long_work import LongWork
 from patchsight_serve.metrics import Metrics
 from patchsight_serve.observe import Observe
+from patchsight_serve.reembedding import Reembeddings
 from patchsight_serve.reload import Reloader, Source
 from patchsight_serve.replies import ErrorResponse, error_reply
 from patchsight_serve.sample_gallery import sampling
@@ -96,8 +100,11 @@ def create_app(
         else NoGalleries(settings.processes)
     )
     app.state.surveys = Surveys()
+    app.state.long_work = LongWork()
+    app.state.reembeddings = Reembeddings(service, app.state.galleries, app.state.long_work)
     app.include_router(embeddings.router())
     app.include_router(galleries.router())
+    app.include_router(whole_gallery.router())
     app.include_router(neighbors.router())
     app.include_router(duplicates.router())
     app.include_router(clusters.router())
@@ -149,8 +156,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             await service.prove_ready()  # the first inference is slow: better now than for a user
         except NotReady as error:
             logger.error("not ready at start: %s", error)
+        await asyncio.to_thread(app.state.galleries.scratch.clear)
         stack.callback(app.state.galleries.close)
         stack.callback(app.state.surveys.close)
+        stack.push_async_callback(asyncio.to_thread, app.state.long_work.close)
+        stack.push_async_callback(app.state.reembeddings.close)
         if service.settings.sample_gallery and service.settings.processes == 1:
             await stack.enter_async_context(sampling(service, app.state.galleries))
         yield

@@ -83,7 +83,7 @@ async def read_body(request: Request, limits: BodyLimits) -> bytes:
     """The whole body. Raises TooLarge as soon as it is known to be, DeadlineExceeded."""
     try:
         async with asyncio.timeout(limits.timeout_s):
-            chunks = [chunk async for chunk in _counted(request, limits)]
+            chunks = [chunk async for chunk in counted(request, limits)]
     except TimeoutError:
         raise _late(limits) from None
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
@@ -96,7 +96,7 @@ async def read_multipart(request: Request, limits: BodyLimits) -> Multipart:
     """
     parser = _InMemory(
         request.headers,
-        _counted(request, limits),
+        counted(request, limits),
         max_files=limits.max_images,
         max_fields=32,
         max_part_size=limits.max_bytes,
@@ -170,7 +170,7 @@ def from_base64(text: object) -> bytes | PatchsightError:
         return InvalidRequest(f"not base64: {error}")
 
 
-async def _counted(request: Request, limits: BodyLimits) -> AsyncGenerator[bytes, None]:
+async def counted(request: Request, limits: BodyLimits) -> AsyncGenerator[bytes, None]:
     """The body's chunks, refused as soon as they, or what Content-Length announces, pass the limit."""
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced) > limits.max_bytes:

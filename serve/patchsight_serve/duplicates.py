@@ -129,7 +129,7 @@ def _linked(keys: I64, vectors: F32, named: Sequence[tuple[str, str, int]]) -> L
     originals: dict[str, str] = {}
     copies: dict[int, str] = {}
     for (id, sha256, _), key in zip(named, keys[rows].tolist(), strict=True):
-        if originals.setdefault(sha256, id) != id:
+        if sha256 and originals.setdefault(sha256, id) != id:  # of what came as a vector it may be unknown
             copies[key] = originals[sha256]
     return Linked(named[0][0], keys[rows][best], scores[best], copies)
 

@@ -59,9 +59,9 @@ def read_embeddings(source: str | Path) -> Embeddings:
     files = parquet_files(source)
     try:
         schemas = [pq.read_schema(path) for path in files]
-        made_by = {_made_by(schema) for schema in schemas}
-        if len(made_by) > 1:
-            raise InvalidRequest(f"{source}: its files are of different encoders: {sorted(map(str, made_by))}")
+        makers = {made_by(schema) for schema in schemas}
+        if len(makers) > 1:
+            raise InvalidRequest(f"{source}: its files are of different encoders: {sorted(map(str, makers))}")
         rest = [
             pq.read_table(f, columns=[c for c in ("id", "label") if c in s.names])
             for f, s in zip(files, schemas, strict=True)
@@ -77,11 +77,12 @@ def read_embeddings(source: str | Path) -> Embeddings:
         if bad.size:
             name = names[start + bad[0]]
             raise InvalidRequest(f"{source}: the embedding of {name} holds NaN or infinity, or has length 0")
-    ((encoder, output),) = made_by
+    ((encoder, output),) = makers
     return Embeddings(names, labels, vectors, class_names(schemas[0]), encoder, output)
 
 
-def _made_by(schema: pa.Schema) -> tuple[Identity | None, str | None]:
+def made_by(schema: pa.Schema) -> tuple[Identity | None, str | None]:
+    """Which encoder, and which embedding of it; None where the footer does not say."""
     found = json.loads((schema.metadata or {}).get(b"patchsight", b"{}"))
     return (Identity(found["name"], found["sha256"]), found["output"]) if found else (None, None)
 
@@ -98,7 +99,7 @@ def _vectors(files: list[Path]) -> F32:
     done, rows = 0, sum(pq.read_metadata(path).num_rows for path in files)
     for path in files:
         for batch in pq.ParquetFile(path).iter_batches(BATCH, columns=["embedding"]):
-            part = _matrix(path, batch.column(0))
+            part = matrix(path, batch.column(0))
             if vectors is None:
                 vectors = np.empty((rows, part.shape[1]), np.float32)
             if part.shape[1] != vectors.shape[1]:
@@ -110,7 +111,8 @@ def _vectors(files: list[Path]) -> F32:
     return vectors
 
 
-def _matrix(path: Path, column: pa.Array) -> F32:
+def matrix(path: Path, column: pa.Array) -> F32:
+    """A column of lists: float32 `(N, D)`. Raises InvalidRequest, which names `path`."""
     if not hasattr(column, "flatten") or column.null_count:
         raise InvalidRequest(f"{path}: its column `embedding` does not hold a list in every row")
     flat: F32 = column.flatten().cast(pa.float32()).to_numpy(zero_copy_only=False)
@@ -121,12 +123,22 @@ def _matrix(path: Path, column: pa.Array) -> F32:
     return flat.reshape(len(column), -1)
 
 
+def footer(encoder: Identity, output: str, features: dict[str, Any], D: int) -> dict[str, str]:
+    """What a file says of itself. features: of its columns beside the embedding, as `datasets` knows them."""
+    value = {"dtype": "float32", "_type": "Value"}
+    features = features | {"embedding": {"feature": value, "length": D, "_type": "Sequence"}}
+    return {
+        "patchsight": json.dumps(encoder._asdict() | {"output": output}),
+        "huggingface": json.dumps({"info": {"features": features}}),
+    }
+
+
 class EmbeddingWriter:
     """A file that is being written: rows one by one, in groups."""
 
     def __init__(self, path: Path, names_of_classes: list[str] | None, encoder: Identity, output: str) -> None:
         self._path, self._classes = path, names_of_classes
-        self._made_by = encoder._asdict() | {"output": output}
+        self._made_by = encoder, output
         self._file: pq.ParquetWriter | None = None
         self._rows: list[tuple[str, int | None, F32]] = []
         self.count = 0
@@ -155,18 +167,12 @@ class EmbeddingWriter:
             self._file.close()
 
     def _schema(self, D: int) -> pa.Schema:
-        value = {"dtype": "float32", "_type": "Value"}
         features: dict[str, Any] = {"id": {"dtype": "string", "_type": "Value"}}
         features["label"] = {"dtype": "int64", "_type": "Value"}
         if self._classes is not None:
             features["label"] = {"names": self._classes, "_type": "ClassLabel"}
-        features["embedding"] = {"feature": value, "length": D, "_type": "Sequence"}
-        return pa.schema(
-            [("id", pa.string()), ("label", pa.int64()), ("embedding", pa.list_(pa.float32(), D))],
-            metadata={
-                "patchsight": json.dumps(self._made_by), "huggingface": json.dumps({"info": {"features": features}}),
-            },
-        )  # fmt: skip
+        columns = [("id", pa.string()), ("label", pa.int64()), ("embedding", pa.list_(pa.float32(), D))]
+        return pa.schema(columns, metadata=footer(*self._made_by, features, D))
 
 
 @contextmanager

@@ -7,9 +7,11 @@
     ├── NotFound                       404 unknown encoder, gallery or id
     ├── RequestTimeout                 408 a head that does not come to its end
     ├── Conflict                       409 other bytes, or another encoder, under the same name
+    │   └── Superseded                 409 the gallery was exchanged while a request used it
     ├── TooLarge                       413 over a limit: bytes, pixels, images
     ├── UnsupportedImage               415 not an image format we read
     ├── DamagedImage                   422 right format, broken content
+    ├── DamagedFile                    422 the same, of a gallery's backup
     ├── Overloaded                     429 queue full; carries `retry_after_s`
     │   └── TooManyConnections         503
     ├── HeadTooLarge                   431 the request's line and headers
@@ -58,6 +60,10 @@ class Conflict(PatchsightError):
     status, code = 409, "conflict"
 
 
+class Superseded(Conflict):
+    code = "superseded"
+
+
 class TooLarge(PatchsightError):
     status, code = 413, "too_large"
 
@@ -68,6 +74,10 @@ class UnsupportedImage(PatchsightError):
 
 class DamagedImage(PatchsightError):
     status, code = 422, "damaged_image"
+
+
+class DamagedFile(PatchsightError):
+    status, code = 422, "damaged_file"
 
 
 class Overloaded(PatchsightError):

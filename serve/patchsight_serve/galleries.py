@@ -1,8 +1,9 @@
 """`/gallery` and `/gallery/images`: add images, page through them, look at one, change it, remove it."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import orjson
 from fastapi import APIRouter, Query, Request
@@ -10,14 +11,17 @@ from starlette.responses import Response
 
 from patchsight_serve.bodies import media_type, parse_json, read_body, read_images, read_multipart
 from patchsight_serve.collection import DEFAULT, Galleries
-from patchsight_serve.errors import InvalidRequest, PatchsightError, UnsupportedImage
+from patchsight_serve.errors import InvalidRequest, PatchsightError, Superseded, UnsupportedImage
+from patchsight_serve.gallery import Gallery
 from patchsight_serve.gallery_schemas import ADD_BODY, PATCH_BODY, AddReply, GalleryImage, GalleryInfo, ImagePage
 from patchsight_serve.indexer import Added, Upload, default_id, encoder_of, index_images
 from patchsight_serve.item import Changes, Identity, Item, parse_metadata
+from patchsight_serve.long_work import short_write
 from patchsight_serve.replies import RAW, SHOWN, error_body, image_reply, json_reply
 from patchsight_serve.schemas import IMAGE_ERRORS, ErrorReply
 from patchsight_serve.service import Service
 
+T = TypeVar("T")
 GalleryQuery = Annotated[str, Query(alias="gallery", description="name of the gallery")]
 EncoderQuery = Annotated[
     str | None, Query(description="name of the encoder; by default the one that the gallery is bound to")
@@ -76,6 +80,7 @@ async def info(request: Request, gallery_name: GalleryQuery = DEFAULT) -> Respon
             "encoder": described(gallery.encoder),
             "damaged": gallery.damaged,
             "galleries": await asyncio.to_thread(galleries.names),
+            "reembedding": request.app.state.reembeddings.progress(gallery),
         }
     )
 
@@ -100,9 +105,16 @@ async def add(
     galleries: Galleries = request.app.state.galleries
     uploads = await _uploads(request, service, {"id": id, "label": label, "metadata": metadata})
     request.state.timing.images = len(uploads)
-    gallery = await asyncio.to_thread(galleries.get, gallery_name, True)
-    loaded = encoder_of(service, gallery, encoder)
-    results = await index_images(service, gallery, loaded, uploads, replace, timing=request.state.timing)
+
+    async def index() -> list[Added | PatchsightError]:
+        gallery = await asyncio.to_thread(galleries.get, gallery_name, True)
+        loaded = encoder_of(service, gallery, encoder)
+        return await index_images(service, gallery, loaded, uploads, replace, timing=request.state.timing)
+
+    try:
+        results = await index()
+    except Superseded:  # into the gallery that is there now
+        results = await index()
     for i, result in enumerate(results):
         if isinstance(result, PatchsightError):
             result.param = result.param or f"images[{i}]"
@@ -135,14 +147,12 @@ async def patch(request: Request, id: str, gallery_name: GalleryQuery = DEFAULT)
     if not isinstance(content, dict) or set(content) - {"label", "metadata"}:
         raise InvalidRequest('the body must be a JSON object with "label", "metadata" or both')
     changes = Changes(**content)  # type: ignore[typeddict-item]
-    gallery = await asyncio.to_thread(request.app.state.galleries.get, gallery_name)
-    return json_reply(asdict(await asyncio.to_thread(gallery.patch, id, changes)))
+    return json_reply(asdict(await _write(request, gallery_name, lambda gallery: gallery.patch(id, changes))))
 
 
 async def delete(request: Request, id: str, gallery_name: GalleryQuery = DEFAULT) -> Response:
     """Remove an image for good."""
-    gallery = await asyncio.to_thread(request.app.state.galleries.get, gallery_name)
-    await asyncio.to_thread(gallery.delete, id)
+    await _write(request, gallery_name, lambda gallery: gallery.delete(id))
     return Response(status_code=204)
 
 
@@ -161,6 +171,17 @@ async def original(request: Request, id: str, gallery_name: GalleryQuery = DEFAU
 def described(encoder: Identity | None) -> dict[str, str] | None:
     """An encoder's identity as in every reply."""
     return encoder._asdict() if encoder else None
+
+
+async def _write(request: Request, name: str, work: Callable[[Gallery], T]) -> T:
+    """A write of moments, to the gallery that is there in the end."""
+    galleries: Galleries = request.app.state.galleries
+    gallery = await asyncio.to_thread(galleries.get, name)
+    try:
+        return await short_write(gallery, work, gallery)
+    except Superseded:
+        gallery = await asyncio.to_thread(galleries.get, name)
+        return await short_write(gallery, work, gallery)
 
 
 async def _uploads(request: Request, service: Service, query: dict[str, str | None]) -> list[Upload | PatchsightError]:

@@ -6,8 +6,11 @@ changes the index then, so readers wait for it only while it changes memory, nev
 
 import hashlib
 import logging
+import sqlite3
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,16 @@ import orjson
 
 from patchsight_serve.errors import Conflict, InvalidRequest, NotFound, PatchsightError
 from patchsight_serve.index import Index
-from patchsight_serve.item import Changes, Identity, Image, Neighbor, NewImage, check_id, check_label, encode_metadata
+from patchsight_serve.item import (
+    Changes,
+    Identity,
+    Image,
+    Neighbor,
+    NewImage,
+    check_id,
+    check_label,
+    encode_metadata,
+)
 from patchsight_serve.nearest import F32, I64, normalize
 from patchsight_serve.record import Record, Row
 
@@ -37,6 +49,7 @@ class Gallery:
         self._keep_originals = keep_originals
         self._record = Record(folder / "gallery.sqlite")
         self._writing = threading.Lock()  # one writer at a time
+        self.busy = False  # with a write that takes seconds or more
         self._index = Index()
         bound = self._record.fact("encoder")
         self._encoder = Identity(**orjson.loads(bound)) if bound else None
@@ -139,10 +152,11 @@ class Gallery:
         return [_image(row) for row in rows[:limit] if row.intact], more
 
     def thumbnail(self, id: str) -> bytes:
-        """JPEG bytes. Raises NotFound."""
+        """JPEG bytes. Raises NotFound, also where the image came without its picture."""
         thumbnail = self._record.thumbnail(self._row(id).key)
         if thumbnail is None:
-            raise _unknown(id, self.name)
+            self._row(id)  # it may have been removed since
+            raise NotFound(f"image {id!r} came as a vector, without its picture", param="id")
         return thumbnail
 
     def original(self, id: str) -> bytes:
@@ -151,6 +165,7 @@ class Gallery:
         row = self._row(id)
         original = self._record.original(row.key)
         if original is None:
+            self.thumbnail(id)
             raise NotFound(f"the original of image {id!r} was not kept; there is its thumbnail", param="id")
         if hashlib.sha256(original).hexdigest() != row.sha256:
             raise PatchsightError("the stored original is damaged; add the image again with replace=true")
@@ -250,9 +265,53 @@ class Gallery:
         """Keys and labels of all images that have one, in the order of their keys, in chunks."""
         return self._record.labels()
 
+    def end(self, error: PatchsightError) -> None:
+        """As `close`, for good: whoever still holds this gallery, and asks it for something, gets `error`."""
+        with self._writing:
+            self._record.end(error)
+
+    @property
+    def record(self) -> Record:
+        """What is on the disk, to read from."""
+        return self._record
+
+    @contextmanager
+    def writing(self, long: bool = False) -> Iterator[Record]:
+        """The record, for whoever alone may write to it during the block; `busy` tells of a `long` write."""
+        with self._writing:
+            before, self.busy = self.busy, self.busy or long
+            try:
+                yield self._record
+            finally:
+                self.busy = before
+
+    def heir(self, record: Record, index: Index, encoder: Identity) -> "Gallery":
+        """This gallery with other vectors, which are in the record already. This one is not used any more."""
+        other = copy(self)
+        other._record, other._index, other._encoder, other.busy = record, index, encoder, False
+        return other
+
+    def long_read(self, left: threading.Event) -> AbstractContextManager[sqlite3.Connection]:
+        """As `Record.long_read`."""
+        return self._record.long_read(left)
+
+    @property
+    def dim(self) -> int | None:
+        """Numbers per vector; None while it is empty."""
+        return self._index.dim
+
+    def commit(self, encoder: Identity, gone: Mapping[str, int], fresh: Iterable[Mapping[int, F32]]) -> None:
+        """While `writing`: have in memory what is in the record now. gone: keys by id, in whose place others may be.
+        fresh: unit vectors `(D,)` by key."""
+        self._encoder = encoder
+        self._index.change({}, gone.values())
+        for vectors in fresh:
+            self._index.change(vectors)
+        self.damaged = [id for id in self.damaged if id not in gone]
+
 
 def _image(row: Row) -> Image:
-    return Image(row.id, row.label, orjson.loads(row.metadata), row.sha256)
+    return Image(row.id, row.label, orjson.loads(row.metadata), row.sha256 or None)
 
 
 def _unknown(id: str, gallery: str) -> NotFound:

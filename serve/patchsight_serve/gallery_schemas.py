@@ -7,6 +7,23 @@ from pydantic import BaseModel, Field
 from patchsight_serve.schemas import EncoderName, ErrorBody
 
 
+class ImageFailure(BaseModel):
+    """An image that another encoder cannot embed."""
+
+    id: str
+    message: str
+
+
+class Reembedding(BaseModel):
+    """How far another encoder is with the images of a gallery."""
+
+    encoder: EncoderName
+    done: int
+    total: int
+    failed: list[ImageFailure] = Field(description="the first 100")
+    error: str | None = Field(description="why it has stopped; null while it is at work")
+
+
 class GalleryInfo(BaseModel):
     """A gallery as a whole."""
 
@@ -15,6 +32,27 @@ class GalleryInfo(BaseModel):
     encoder: EncoderName | None = Field(description="the encoder it is bound to; null while it is empty")
     damaged: list[str] = Field(description="ids whose rows failed their checksum and are left out; add them again")
     galleries: list[str] = Field(description="names of all galleries")
+    reembedding: Reembedding | None = Field(description="by another encoder, at work or stopped by an error")
+
+
+class RestoreReply(BaseModel):
+    """A gallery that came from its backup."""
+
+    gallery: str
+    count: int = Field(description="images in it")
+    encoder: EncoderName | None = Field(description="the encoder it is bound to; null where it is empty")
+    left_out: list[str] = Field(description="ids of damaged rows, with `skip_damaged`")
+
+
+class ImportReply(BaseModel):
+    """What became of the rows of a file."""
+
+    gallery: str
+    count: int = Field(description="images in it now")
+    encoder: EncoderName
+    created: int
+    replaced: int = Field(description="with `replace`: of another image, or with another label or metadata")
+    unchanged: int = Field(description="were there before")
 
 
 class AddedImage(BaseModel):
@@ -38,7 +76,7 @@ class GalleryImage(BaseModel):
     id: str
     label: str | None
     metadata: dict[str, Any]
-    sha256: str = Field(description="of the encoded image")
+    sha256: str | None = Field(description="of the encoded image; null where a vector came without it")
 
 
 class ImagePage(BaseModel):

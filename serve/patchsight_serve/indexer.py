@@ -14,6 +14,7 @@ from patchsight_serve.errors import Conflict, InvalidRequest, PatchsightError
 from patchsight_serve.gallery import Gallery
 from patchsight_serve.item import Item, NewImage
 from patchsight_serve.loaded import Loaded
+from patchsight_serve.long_work import short_write
 from patchsight_serve.nearest import normalize
 from patchsight_serve.outputs import graph_name
 from patchsight_serve.service import Service
@@ -91,11 +92,13 @@ async def index_images(
                 images.append((i, entry))
             else:
                 results[i] = entry
-        added = await asyncio.to_thread(gallery.add, [image for _, image in images], encoder.identity, replace, facts)
+        added = await short_write(
+            gallery, gallery.add, [image for _, image in images], encoder.identity, replace, facts
+        )
         for (i, image), outcome in zip(images, added, strict=True):
             results[i] = outcome if isinstance(outcome, PatchsightError) else Added(image.item.id, outcome)
     elif facts:
-        await asyncio.to_thread(gallery.add, [], encoder.identity, replace, facts)
+        await short_write(gallery, gallery.add, [], encoder.identity, replace, facts)
     return [result for result in results if result is not None]
 
 

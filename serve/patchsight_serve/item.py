@@ -53,13 +53,23 @@ class NewImage:
 
 
 @dataclass(frozen=True)
+class NewVector:
+    """An image to add without its picture. sha256: of the encoded image, where it is known. vector: float32 `(D,)`, of
+    length 1."""
+
+    item: Item
+    sha256: str | None
+    vector: Values
+
+
+@dataclass(frozen=True)
 class Image:
     """An indexed image as it is described to clients."""
 
     id: str
     label: str | None
     metadata: dict[str, Any]
-    sha256: str  # of the encoded image
+    sha256: str | None  # of the encoded image; None where only its vector ever came
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The durable record of a gallery: one SQLite file. What it has committed survives a kill and a power cut.
 
-A key names one vector for ever: keys are never used twice, and a replaced image gets a new one. Every row carries a
-checksum of itself, so a damaged one is noticed. Pictures lie in their own table, which keeps reading all vectors fast.
+A key names one vector for as long as a `Gallery` lives: keys are never used twice, a replaced image gets a new one, and
+after another encoder has taken over there is another `Gallery`. Every row carries a checksum of itself, so a damaged
+one is noticed. Pictures lie in their own table, which keeps reading all vectors fast.
 """
 
 import errno
@@ -9,11 +10,13 @@ import hashlib
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 from patchsight_serve.errors import Conflict, PatchsightError, StorageFull
+from patchsight_serve.long_reads import LongReads
 
 VERSION = 1
 _SCHEMA = f"""
@@ -25,10 +28,13 @@ CREATE INDEX IF NOT EXISTS images_by_label ON images (label) WHERE label IS NOT 
 CREATE TABLE IF NOT EXISTS pictures (
     key INTEGER PRIMARY KEY REFERENCES images ON DELETE CASCADE,
     thumbnail BLOB NOT NULL, checksum BLOB NOT NULL, original BLOB);
+CREATE TABLE IF NOT EXISTS next_vectors (
+    key INTEGER PRIMARY KEY REFERENCES images ON DELETE CASCADE, vector BLOB NOT NULL, checksum BLOB NOT NULL);
 PRAGMA user_version = {VERSION};
 """
 _COLUMNS = "key, id, label, metadata, sha256, vector, checksum"
 _CHUNK = 500  # values per query: SQLite takes 999 variables in old builds
+STEPS = 10_000  # of SQLite between two looks whether a long read is still wanted: a millisecond or less
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,11 @@ class Row:
 
 def row_checksum(id: str, label: str | None, metadata: str, sha256: str, vector: bytes) -> bytes:
     """16 bytes that change with any byte of the row."""
-    return _digest(repr((id, label, metadata, sha256)).encode() + bytes(vector))
+    return digest(repr((id, label, metadata, sha256)).encode() + bytes(vector))
 
 
-def _digest(data: bytes) -> bytes:
+def digest(data: bytes) -> bytes:
+    """16 bytes that change with any byte of the data."""
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
@@ -65,9 +72,11 @@ class Record:
         """Raises Conflict if another process has it open, PatchsightError if it is no gallery we can read,
         StorageFull."""
         self.path = path
+        self._ended: PatchsightError | None = None
+        self._long_reads = LongReads()
         with self._explained():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = self._lock_out_others(path.with_suffix(".lock"))
+            self._lock = self.lock_out_others(path.with_suffix(".lock"))
             try:
                 self._writer = self._connect()
                 version = self._writer.execute("PRAGMA user_version").fetchone()[0]
@@ -92,7 +101,7 @@ class Record:
         return connection
 
     @staticmethod
-    def _lock_out_others(path: Path) -> sqlite3.Connection:
+    def lock_out_others(path: Path) -> sqlite3.Connection:
         """SQLite's own file lock, on a file beside: it works on every system, and ends with the process."""
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0)
         try:
@@ -107,9 +116,13 @@ class Record:
     @contextmanager
     def _explained(self) -> Iterator[None]:
         """SQLite's and the system's errors in our words."""
+        if self._ended is not None:
+            raise copy(self._ended)
         try:
             yield
         except (sqlite3.Error, OSError) as error:
+            if self._ended is not None:
+                raise copy(self._ended) from None
             code = getattr(error, "sqlite_errorcode", None)
             full = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
             if code in full or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
@@ -145,11 +158,8 @@ class Record:
         original: bytes | None,
     ) -> int:  # fmt: skip
         """Inside a transaction. Returns the new key."""
-        values = (id, label, metadata, sha256, vector, row_checksum(id, label, metadata, sha256, vector))
-        columns = _COLUMNS.removeprefix("key, ")
-        key = self._writer.execute(f"INSERT INTO images ({columns}) VALUES (?, ?, ?, ?, ?, ?)", values).lastrowid
-        assert key is not None
-        self._writer.execute("INSERT INTO pictures VALUES (?, ?, ?, ?)", (key, thumbnail, _digest(thumbnail), original))
+        key = self.insert_bare(id, label, metadata, sha256, vector)
+        self._writer.execute("INSERT INTO pictures VALUES (?, ?, ?, ?)", (key, thumbnail, digest(thumbnail), original))
         return key
 
     def describe(self, row: Row, label: str | None, metadata: str) -> None:
@@ -195,7 +205,7 @@ class Record:
     def thumbnail(self, key: int) -> bytes | None:
         """JPEG bytes. Raises PatchsightError if they are damaged."""
         found = self._read("SELECT thumbnail, checksum FROM pictures WHERE key = ?", (key,))
-        if found and _digest(found[0][0]) != found[0][1]:
+        if found and digest(found[0][0]) != found[0][1]:
             raise PatchsightError("the stored thumbnail is damaged; add the image again with replace=true")
         return found[0][0] if found else None
 
@@ -211,6 +221,7 @@ class Record:
 
     def close(self) -> None:
         """Fold the write-ahead log into the file and let go of it."""
+        self._long_reads.end()
         with self._reading:
             self._reader.close()
         self._writer.close()
@@ -233,3 +244,65 @@ class Record:
         while found := self._read(query, (last, chunk)):
             yield found
             last = found[-1][0]
+
+    def insert_bare(self, id: str, label: str | None, metadata: str, sha256: str, vector: bytes) -> int:
+        """As `insert`, of an image whose picture is not here; sha256 may be empty then."""
+        values = (id, label, metadata, sha256, vector, row_checksum(id, label, metadata, sha256, vector))
+        columns = _COLUMNS.removeprefix("key, ")
+        key = self._writer.execute(f"INSERT INTO images ({columns}) VALUES (?, ?, ?, ?, ?, ?)", values).lastrowid
+        assert key is not None
+        return key
+
+    @contextmanager
+    def long_read(self, left: threading.Event) -> Iterator[sqlite3.Connection]:
+        """A connection of its own, for what takes long: it holds up nobody, and nobody it. What it is asked ends with
+        an error once `left` is set, or the record is closed, which waits for the block."""
+        with self._explained(), self._long_reads.one():
+            if self._long_reads.ended:
+                raise sqlite3.ProgrammingError("the record is closed")
+            connection = self._connect()
+            try:
+                connection.set_progress_handler(lambda: left.is_set() or self._long_reads.ended, STEPS)
+                yield connection
+            finally:
+                connection.close()
+
+    def end(self, error: PatchsightError) -> None:
+        """Close for good: whoever still asks gets `error`. One thread at a time, with no transaction begun."""
+        self._ended = error
+        self.close()
+
+    def read(self, query: str, values: Sequence[str | int] = ()) -> list[tuple]:  # type: ignore[type-arg]
+        """What is committed, by a query of one's own."""
+        return self._read(query, values)
+
+    def execute(self, change: str, values: Sequence[str | int | bytes] = ()) -> None:
+        """A change of one's own, inside a transaction."""
+        self._writer.execute(change, values)
+
+    def heir(self) -> "Record":
+        """The same file and connections once more, for when this record is retired."""
+        return copy(self)
+
+    def retire(self, error: PatchsightError | None) -> None:
+        """As `end`, and leave the file to the heir. None takes it back."""
+        self._ended = error
+
+
+def rows_in(connection: sqlite3.Connection, chunk: int) -> Iterator[list[Row]]:
+    """All rows in the order of their keys, as they were at one moment; in chunks, and without a long list of any."""
+    cursor = connection.execute(f"SELECT {_COLUMNS} FROM images ORDER BY key")
+    while found := cursor.fetchmany(chunk):
+        yield [Row(*r) for r in found]
+
+
+def declared(connection: sqlite3.Connection) -> dict[tuple[str, str], str | None]:
+    """What is in a file, tables, indexes and all else, by kind and name: the SQL that made it."""
+    return {(kind, name): sql for kind, name, sql in connection.execute("SELECT type, name, sql FROM sqlite_master")}
+
+
+def declared_by_us() -> dict[tuple[str, str], str | None]:
+    """What is in the file of a record."""
+    with closing(sqlite3.connect(":memory:")) as empty:
+        empty.executescript(_SCHEMA)
+        return declared(empty)

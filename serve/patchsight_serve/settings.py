@@ -55,6 +55,10 @@ class ServeSettings(CommandSettings):
     max_images: Positive = Field(64, description="images per request")
     max_image_bytes: Positive = Field(20 * MEBIBYTE, description="bytes of one encoded image")
     max_body_bytes: Positive = Field(64 * MEBIBYTE, description="bytes of a request's body")
+    max_restore_bytes: Positive = Field(
+        8 * 1024 * MEBIBYTE,
+        description="bytes of a file that is restored or imported as a gallery; it goes to the disk",
+    )
     max_pixels: Positive = Field(50_000_000, description="width x height of one image, read from its header")
     max_patches: Positive = Field(
         4096, description="patches of an image that is asked for at another size than the encoder's, `size=`"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
+from patchsight_serve.duplicates import _linked
 from patchsight_serve.galleries import DEFAULT
 from patchsight_serve.item import Identity, Item, NewImage
 from patchsight_serve.nearest import normalize
@@ -238,3 +239,10 @@ def test_the_route_is_documented(client: TestClient) -> None:
     assert set(parameters) == {"gallery", "min_score", "limit", "members", "cursor"}
     assert (parameters["min_score"]["minimum"], parameters["min_score"]["maximum"]) == (0.5, 1)
     assert {"200", "404", "429"} <= set(get["responses"])
+
+
+def test_images_whose_bytes_nobody_knows_are_no_copies() -> None:
+    """Those that came as vectors alone have no sha256."""
+    vectors = np.eye(1, 4, dtype=np.float32).repeat(4, axis=0)
+    group = _linked(np.array([10, 11, 12, 13]), vectors, [("a", "", 0), ("b", "", 1), ("c", "x", 2), ("d", "x", 3)])
+    assert group.copies == {13: "c"}

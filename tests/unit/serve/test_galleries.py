@@ -74,6 +74,7 @@ def test_add_raw_get_thumbnail_patch_delete(client: TestClient, photos: list[byt
         "encoder": {"name": manifest.name, "sha256": manifest.sha256},
         "damaged": [],
         "galleries": ["default"],
+        "reembedding": None,
     }
     assert client.delete("/gallery/images/a-1").status_code == 204
     for method, path in [("GET", ""), ("PATCH", ""), ("DELETE", ""), ("GET", "/thumbnail"), ("GET", "/image")]:

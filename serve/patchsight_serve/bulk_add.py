@@ -1,0 +1,76 @@
+"""Vectors by the thousand into a gallery, without their pictures, all of them or none."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import orjson
+
+from patchsight_serve.errors import Conflict, InvalidRequest
+from patchsight_serve.gallery import Gallery
+from patchsight_serve.item import Identity, NewVector, encode_metadata
+from patchsight_serve.nearest import F32
+from patchsight_serve.record import Record, Row
+
+SAME = 1e-4  # how far numbers of one image's vector may be apart: another batch moves their last digits
+
+
+def add_vectors(
+    gallery: Gallery, batches: Iterable[Sequence[NewVector]], encoder: Identity, replace: bool = False
+) -> dict[str, int]:
+    """Durably once this returns. How many were `created`, `replaced` and `unchanged`.
+
+    batches: no id is in them twice. What is there already, by sha256 or by its vector, is unchanged; with `replace` it
+    gets the label and metadata, and keeps its picture. Readers go on meanwhile; other writers wait, and `Gallery.busy`
+    tells of it.
+
+    Raises Conflict (another encoder, or another image under an id, without `replace`), InvalidRequest (vectors of
+    another size), StorageFull, and what `batches` raises; then nothing was stored.
+    """
+    outcome = {"created": 0, "replaced": 0, "unchanged": 0}
+    fresh: list[dict[int, F32]] = []
+    gone: dict[str, int] = {}
+    with gallery.writing(long=True) as record:
+        gallery.require(encoder)
+        with record.transaction():
+            record.set_fact("encoder", orjson.dumps(encoder._asdict()).decode())
+            for batch in batches:
+                known = record.find([new.item.id for new in batch])
+                fresh.append({})
+                for new in batch:
+                    if gallery.dim not in (None, new.vector.size):
+                        message = f"a vector has {new.vector.size} values, those of the gallery have {gallery.dim}"
+                        raise InvalidRequest(message, param="embedding")
+                    row = known.get(new.item.id)
+                    said, key = _add(record, new, row, replace)
+                    outcome[said] += 1
+                    if key is not None:
+                        fresh[-1][key] = new.vector
+                    if key is not None and row is not None:
+                        gone[row.id] = row.key
+        gallery.commit(encoder, gone, fresh)
+    return outcome
+
+
+def _add(record: Record, new: NewVector, row: Row | None, replace: bool) -> tuple[str, int | None]:
+    """Inside a transaction. What became of it, and its key, if it has a new one. row: what is under its id."""
+    item, metadata = new.item, encode_metadata(new.item.metadata)
+    there = row is not None and row.intact
+    if row is not None and there and _same(row, new):
+        if not replace or (row.label, row.metadata) == (item.label, metadata):
+            return "unchanged", None
+        record.describe(row, item.label, metadata)
+        return "replaced", None
+    if there and not replace:
+        raise Conflict(f"id {item.id!r} is taken by another image; replace=true replaces it", param="id")
+    if row is not None:
+        record.delete(row.key)
+    vector = new.vector.astype("<f4").tobytes()
+    key = record.insert_bare(item.id, item.label, metadata, new.sha256 or "", vector)
+    return "replaced" if there else "created", key
+
+
+def _same(row: Row, new: NewVector) -> bool:
+    """By the bytes of the picture where both are known, else by the vector."""
+    if row.sha256 and new.sha256:
+        return row.sha256 == new.sha256
+    return bool(np.allclose(np.frombuffer(row.vector, dtype="<f4"), new.vector, rtol=0, atol=SAME))
