@@ -5,6 +5,7 @@ from pathlib import Path
 
 from patchsight_serve.errors import NotFound
 from patchsight_serve.gallery import Gallery
+from patchsight_serve.index import EXACT_LIMIT
 from patchsight_serve.item import check_gallery
 
 DEFAULT = "default"
@@ -14,9 +15,10 @@ class Galleries:
     """The galleries in a folder, by name. Every method may be called from any thread; opening a big gallery takes
     seconds, and holds up nobody who uses another."""
 
-    def __init__(self, folder: Path, keep_originals: bool = True) -> None:
+    def __init__(self, folder: Path, keep_originals: bool = True, exact_limit: int = EXACT_LIMIT) -> None:
         self._folder = folder
         self._keep_originals = keep_originals
+        self._exact_limit = exact_limit
         self._open: dict[str, Gallery] = {}
         self._opening = threading.Lock()
 
@@ -37,7 +39,8 @@ class Galleries:
                 return self._open[name]
             if not (create or name == DEFAULT or self.exists(name)):
                 raise NotFound(f"no gallery {name!r}; add an image to make it", param="gallery")
-            self._open[name] = Gallery(self._folder / check_gallery(name), self._keep_originals)
+            folder = self._folder / check_gallery(name)
+            self._open[name] = Gallery(folder, self._keep_originals, self._exact_limit)
             return self._open[name]
 
     def close(self) -> None:
