@@ -95,7 +95,7 @@ def create_app(
     app.state.service = service
     app.state.reloader = Reloader(service, source)
     app.state.galleries = (
-        Galleries(settings.state_dir / "galleries", settings.keep_originals)
+        Galleries(settings.state_dir / "galleries", settings.keep_originals, settings.exact_limit)
         if settings.processes == 1
         else NoGalleries(settings.processes)
     )

@@ -92,7 +92,8 @@ class Client:
     def neighbors(self, picture: Picture, **query: object) -> list[Neighbor]:
         """The images of a gallery most similar to a picture, best first.
 
-        query: `k`, `gallery`, `label`, `min_score`, as `POST /neighbors` has them.
+        query: `k`, `gallery`, `label` (one, or a list, any of which it may be), `filter` (a dictionary over metadata),
+            `min_score`, as `POST /neighbors` has them.
         """
         return self._run(self._talk.neighbors(picture, False, query))
 

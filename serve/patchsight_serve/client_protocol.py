@@ -7,6 +7,7 @@ from typing import Any, TypedDict, TypeVar
 
 import httpx
 import numpy as np
+import orjson
 from pydantic import ValidationError
 
 from patchsight_serve.client_images import Picture, batches, encoded
@@ -144,7 +145,7 @@ class Conversation:
 
     def neighbors(self, picture: Picture | str, by_id: bool, query: Mapping[str, object]) -> Steps[list[Neighbor]]:
         """Of a picture, or of the indexed image of that id."""
-        said = {name: str(value) for name, value in query.items()}
+        said = _said(query)
         if by_id:
             call = Call("GET", "/neighbors", said | {"id": str(picture)})
         else:
@@ -193,6 +194,24 @@ class Conversation:
     def _check(self, sha256: str | None) -> None:
         if sha256 != self.encoder.sha256:
             raise Conflict(f"{self.url}: encoder {self.encoder.name!r} was exchanged during the work")
+
+
+def _said(query: Mapping[str, object]) -> dict[str, str | list[str]]:
+    """As the server reads it: a filter as JSON, several labels one by one; None is not said."""
+    said: dict[str, str | list[str]] = {}
+    for name, value in query.items():
+        if name == "filter" and isinstance(value, Mapping):
+            try:
+                said[name] = orjson.dumps(value).decode()
+            except TypeError as error:
+                raise InvalidRequest(f"filter cannot be written as JSON: {error}", "filter") from None
+        elif isinstance(value, list | tuple | set | frozenset):
+            if not value:  # which a query string cannot say: it would be as if nothing had been chosen
+                raise InvalidRequest(f"{name} is empty: there is nothing to choose from", name)
+            said[name] = [str(one) for one in value]
+        elif value is not None:
+            said[name] = str(value)
+    return said
 
 
 def _encoded(pictures: Sequence[Picture], transform: Transform | None) -> Steps[list[bytes | PatchsightError]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from patchsight_serve.errors import Conflict, NotFound, PatchsightError, Superseded
 from patchsight_serve.gallery import Gallery
+from patchsight_serve.index import EXACT_LIMIT
 from patchsight_serve.item import check_gallery
 from patchsight_serve.record import Record
 from patchsight_serve.scratch import Scratch, sync, told
@@ -20,9 +21,10 @@ class Galleries:
     """The galleries in a folder, by name. Every method may be called from any thread; opening a big gallery takes
     seconds, and holds up nobody who uses another."""
 
-    def __init__(self, folder: Path, keep_originals: bool = True) -> None:
+    def __init__(self, folder: Path, keep_originals: bool = True, exact_limit: int = EXACT_LIMIT) -> None:
         self._folder = folder
         self._keep_originals = keep_originals
+        self._exact_limit = exact_limit
         self._open: dict[str, Gallery] = {}
         # Who opens, exchanges or removes a gallery waits for his turn. Several names share one lock: names are many.
         self._turns = [threading.RLock() for _ in range(TURNS)]
@@ -44,7 +46,7 @@ class Galleries:
         with self._turn(name):
             if name not in self._open:
                 self._expect(name, create)  # it may have been removed meanwhile
-                self._open[name] = Gallery(self._folder / check_gallery(name), self._keep_originals)
+                self._open[name] = Gallery(self._folder / check_gallery(name), self._keep_originals, self._exact_limit)
             return self._open[name]
 
     def _expect(self, name: str, create: bool) -> None:

@@ -70,7 +70,7 @@ def router() -> APIRouter:
 
 
 async def info(request: Request, gallery_name: GalleryQuery = DEFAULT) -> Response:
-    """How many images, of which encoder, and what other galleries there are."""
+    """How many images, of which encoder, how they are searched, and what other galleries there are."""
     galleries: Galleries = request.app.state.galleries
     gallery = await asyncio.to_thread(galleries.get, gallery_name)
     return json_reply(
@@ -78,6 +78,7 @@ async def info(request: Request, gallery_name: GalleryQuery = DEFAULT) -> Respon
             "gallery": gallery.name,
             "count": len(gallery),
             "encoder": described(gallery.encoder),
+            "index": gallery.index._asdict(),
             "damaged": gallery.damaged,
             "galleries": await asyncio.to_thread(galleries.names),
             "reembedding": request.app.state.reembeddings.progress(gallery),

@@ -1,4 +1,4 @@
-"""A gallery: images with vectors of one encoder, kept in a durable record, searched through an exact index.
+"""A gallery: images with vectors of one encoder, kept in a durable record, searched through an index.
 
 The record (SQLite) is the truth; the index (FAISS, in memory) is filled from it at start. A writer commits first and
 changes the index then, so readers wait for it only while it changes memory, never while it waits for the disk.
@@ -17,7 +17,8 @@ import numpy as np
 import orjson
 
 from patchsight_serve.errors import Conflict, InvalidRequest, NotFound, PatchsightError
-from patchsight_serve.index import Index
+from patchsight_serve.filters import Filter
+from patchsight_serve.index import EXACT_LIMIT, Index, IndexState
 from patchsight_serve.item import (
     Changes,
     Identity,
@@ -39,8 +40,10 @@ MAX_K = 1000
 class Gallery:
     """One named gallery in its folder. Every method may be called from any thread."""
 
-    def __init__(self, folder: Path, keep_originals: bool = True) -> None:
+    def __init__(self, folder: Path, keep_originals: bool = True, exact_limit: int = EXACT_LIMIT) -> None:
         """Open `folder/gallery.sqlite`, or create it, and fill the index.
+
+        exact_limit: among as many images, or fewer, a search is exact.
 
         Raises Conflict where another process has it open, StorageFull, PatchsightError where the file is no record.
         """
@@ -50,7 +53,8 @@ class Gallery:
         self._record = Record(folder / "gallery.sqlite")
         self._writing = threading.Lock()  # one writer at a time
         self.busy = False  # with a write that takes seconds or more
-        self._index = Index()
+        self._exact_limit = exact_limit
+        self._index = Index(exact_limit)
         bound = self._record.fact("encoder")
         self._encoder = Identity(**orjson.loads(bound)) if bound else None
         self._fill()
@@ -65,10 +69,16 @@ class Gallery:
                 self._index.extend(np.array([row.key for row in sound], dtype=np.int64), vectors)
         for id in self.damaged:
             log.error("gallery %s: the row of %r is damaged and left out; add the image again", self.name, id)
+        self._index.fit()
 
     def __len__(self) -> int:
         """Number of indexed images."""
         return len(self._index)
+
+    @property
+    def index(self) -> IndexState:
+        """How searches are answered right now."""
+        return self._index.state
 
     @property
     def encoder(self) -> Identity | None:
@@ -203,23 +213,27 @@ class Gallery:
         k: int = 10,
         *,
         leave_out: Collection[str] = (),
-        label: str | None = None,
+        label: str | Collection[str] | None = None,
+        filter: Filter | None = None,
         min_score: float = -1.0,
     ) -> list[Neighbor]:
-        """The `k` most similar images by cosine, best first, equal scores in the order of their ids.
+        """The `k` most similar images by cosine, best first, equal scores in the order of their ids; of a large
+        gallery, those of them that an approximate index finds.
 
-        query: float `(D,)`, of any length but 0. leave_out: ids not to be found. label: only images of this label;
-        where k of them exist, k are found. min_score: only scores from this on.
+        query: float `(D,)`, of any length but 0. leave_out: ids not to be found. label: only images of this label, or
+        of one of these. filter: only images with such metadata. Where k of them exist, k are found. min_score: only
+        scores from this on.
 
         Raises:
-            InvalidRequest: k outside 1 to 1000, or a query of another size, of length 0, or with NaN.
+            InvalidRequest: k outside 1 to 1000, too many labels, or a query of another size, of length 0, or with NaN.
         """
         if not 1 <= k <= MAX_K:
             raise InvalidRequest(f"k is {k}, it must be 1 to {MAX_K}", param="k")
         query = normalize(query)
+        chosen = _chosen(label, filter)
         left = [row.key for row in self._record.find(list(leave_out)).values()]
         for _ in range(3):  # an image deleted between the two reads leaves a gap: then look again
-            only = None if label is None else self._record.keys_with_label(label)
+            only = self._record.select(chosen.where, chosen.values) if chosen else None
             keys, scores = self._index.nearest(query, k, left, only)
             rows = self._record.rows(keys)
             if len(rows) == len(keys):
@@ -243,6 +257,7 @@ class Gallery:
     def close(self) -> None:
         """Wait for the writer, then let go of the files."""
         with self._writing:
+            self._index.close()
             self._record.close()
 
     def keys(self) -> I64:
@@ -268,6 +283,7 @@ class Gallery:
     def end(self, error: PatchsightError) -> None:
         """As `close`, for good: whoever still holds this gallery, and asks it for something, gets `error`."""
         with self._writing:
+            self._index.close()
             self._record.end(error)
 
     @property
@@ -285,10 +301,16 @@ class Gallery:
             finally:
                 self.busy = before
 
+    def new_index(self) -> Index:
+        """An empty one, for the other vectors of an heir."""
+        return Index(self._exact_limit)
+
     def heir(self, record: Record, index: Index, encoder: Identity) -> "Gallery":
         """This gallery with other vectors, which are in the record already. This one is not used any more."""
         other = copy(self)
         other._record, other._index, other._encoder, other.busy = record, index, encoder, False
+        self._index.close()
+        index.fit()
         return other
 
     def long_read(self, left: threading.Event) -> AbstractContextManager[sqlite3.Connection]:
@@ -306,12 +328,22 @@ class Gallery:
         self._encoder = encoder
         self._index.change({}, gone.values())
         for vectors in fresh:
-            self._index.change(vectors)
+            if vectors:
+                self._index.extend(np.array(list(vectors), dtype=np.int64), np.stack(list(vectors.values())))
+        self._index.fit()
         self.damaged = [id for id in self.damaged if id not in gone]
 
 
 def _image(row: Row) -> Image:
     return Image(row.id, row.label, orjson.loads(row.metadata), row.sha256 or None)
+
+
+def _chosen(label: str | Collection[str] | None, filter: Filter | None) -> Filter | None:
+    """One filter for both; None chooses from all."""
+    if label is None:
+        return filter
+    labels = Filter.labels([label] if isinstance(label, str) else label)
+    return labels & filter if filter else labels
 
 
 def _unknown(id: str, gallery: str) -> NotFound:

@@ -1,6 +1,6 @@
 """The shapes of the gallery's requests and replies, for the OpenAPI page."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -24,12 +24,26 @@ class Reembedding(BaseModel):
     error: str | None = Field(description="why it has stopped; null while it is at work")
 
 
+class IndexInfo(BaseModel):
+    """How searches in a gallery are answered: by all vectors (flat), or by those of some lists (ivf)."""
+
+    kind: Literal["flat", "ivf"]
+    recall: float | None = Field(
+        description="share of the 10 nearest that a search finds, as measured on the gallery's own images when the "
+        "index was built; null: a flat one finds all"
+    )
+    lists: int | None = Field(description="how many lists there are")
+    probes: int | None = Field(description="how many of them a search for 10 visits")
+    building: bool = Field(description="another index is being built, and takes this one's place when it is done")
+
+
 class GalleryInfo(BaseModel):
     """A gallery as a whole."""
 
     gallery: str
     count: int = Field(description="indexed images")
     encoder: EncoderName | None = Field(description="the encoder it is bound to; null while it is empty")
+    index: IndexInfo
     damaged: list[str] = Field(description="ids whose rows failed their checksum and are left out; add them again")
     galleries: list[str] = Field(description="names of all galleries")
     reembedding: Reembedding | None = Field(description="by another encoder, at work or stopped by an error")

@@ -16,6 +16,7 @@ from patchsight_serve.errors import InvalidRequest
 
 ROWS = 65_536  # that are normalized at once, in float64
 MARGIN = 16  # asked for beyond k: enough that real embeddings are settled at the first try
+LOOKED_UP = 4096  # vectors at once, which are copied, and again in float64
 
 F32 = np.ndarray[Any, np.dtype[np.float32]]
 I64 = np.ndarray[Any, np.dtype[np.int64]]
@@ -90,18 +91,17 @@ def _threads_for(queries: int) -> Iterator[None]:
         faiss.omp_set_num_threads(before)
 
 
-def nearest(index: Any, queries: F32, k: int, selector: Any = None) -> list[tuple[I64, F32]]:
+def nearest(index: Any, queries: F32, k: int, params: Any = None) -> list[tuple[I64, F32]]:
     """For each unit query of `(Q, D)`: keys and scores, in any order, of at least all vectors that may belong to the
     best `k`, ties at the k-th place included. Sorting by score and by the caller's own rule for ties gives exactly
     what brute force gives.
 
-    index: `flat_index` or `Flat`; must not change during the call. selector: a `faiss.IDSelector` of the keys allowed,
-    or None.
+    index: `flat_index` or `Flat`; must not change during the call. Of an approximate one all this holds for what it
+    visits. params: `faiss.SearchParameters` of that index, with a selector of the keys allowed, or None.
     """
     found: list[tuple[I64, F32]] = [(np.empty(0, np.int64), np.empty(0, np.float32))] * len(queries)
     if index.ntotal == 0 or k < 1:
         return found
-    params = None if selector is None else faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
     # |computed - true| of a float32 dot product of unit vectors is below D · 2⁻²⁴ (1 + tiny); twice that, to be safe.
     error = index.d * 2.0**-23
     pending, fetch = np.arange(len(queries)), min(k + MARGIN, index.ntotal)
@@ -118,3 +118,23 @@ def nearest(index: Any, queries: F32, k: int, selector: Any = None) -> list[tupl
                 unsettled.append(q)
         pending, fetch = np.array(unsettled, dtype=np.int64), min(4 * fetch, index.ntotal)
     return found
+
+
+def among(index: Any, keys: I64, query: F32, k: int) -> tuple[I64, F32] | None:
+    """As `nearest` for one query `(D,)`, of the vectors under these keys alone, which are looked up: the others cost
+    nothing. None if one of the keys is not there.
+
+    index: `flat_index`, or any that gives vectors back as they are.
+    """
+    scores = np.empty(len(keys), np.float32)
+    with _threads_for(1):
+        for start in range(0, len(keys), LOOKED_UP):
+            try:
+                vectors = index.reconstruct_batch(keys[start : start + LOOKED_UP])
+            except RuntimeError:  # FAISS: key not found
+                return None
+            scores[start : start + LOOKED_UP] = cosine(vectors, query)
+    if k >= len(keys):
+        return keys, scores
+    best = scores >= np.partition(scores, -k)[-k]
+    return keys[best], scores[best]

@@ -13,6 +13,7 @@ from patchsight_serve.bodies import media_type, parse_json, read_body, read_imag
 from patchsight_serve.collection import DEFAULT
 from patchsight_serve.departure import while_connected
 from patchsight_serve.errors import InvalidRequest, PatchsightError
+from patchsight_serve.filters import MAX_LABELS, Filter
 from patchsight_serve.galleries import EncoderQuery, GalleryQuery, described
 from patchsight_serve.gallery import MAX_K, Gallery
 from patchsight_serve.gallery_schemas import NEIGHBORS_BODY, NeighborsReply
@@ -25,6 +26,11 @@ from patchsight_serve.service import Service
 from patchsight_serve.vote import votes
 
 MAX_EXAMPLES = 1000
+FILTER_EXAMPLE = '{"camera": "x100", "place.city": "Rome", "year": {"gte": 2010, "lt": 2020}}'
+FILTER = (
+    "only images with such metadata: a JSON object, all of which must hold. Under a key, with dots into objects, is "
+    "what it is equal to, or an object with `gt`, `gte`, `lt`, `lte`, `ne`, `in` (a list) or `exists` (a boolean)"
+)
 _ERRORS: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorReply, "description": "Unknown gallery or id."},
     409: {"model": ErrorReply, "description": "A gallery of another encoder."},
@@ -36,9 +42,17 @@ class Wanted:
     """What both routes ask for, from the query string."""
 
     k: Annotated[int, Query(ge=1, le=MAX_K, description="how many; more than there are returns all")] = 10
-    label: Annotated[str | None, Query(description="only images of this label")] = None
+    label: Annotated[
+        list[str] | None,
+        Query(max_length=MAX_LABELS, description="only images of this label; given several times, of any of them"),
+    ] = None
+    filter: Annotated[str | None, Query(description=FILTER, examples=[FILTER_EXAMPLE])] = None
     min_score: Annotated[float, Query(ge=-1, le=1, description="only scores from this on")] = -1.0
     vote: Annotated[bool, Query(description="add the class that the neighbors vote for")] = False
+
+    def chosen(self) -> Filter | None:
+        """What `filter` says. Raises InvalidRequest."""
+        return None if self.filter is None else Filter.parse(self.filter)
 
 
 def router() -> APIRouter:
@@ -64,11 +78,12 @@ async def of_indexed(
     encoder: EncoderQuery = None,
 ) -> Response:
     """Best first, equal scores in the order of their ids."""
+    filter = wanted.chosen()
     gallery = await asyncio.to_thread(request.app.state.galleries.get, gallery_name)
     if encoder is not None:
         encoder_of(request.app.state.service, gallery, encoder)
     (query,) = await asyncio.to_thread(gallery.vectors, [id])
-    return await _reply(gallery, query, wanted, [id], gallery.encoder)
+    return await _reply(gallery, query, wanted, filter, [id], gallery.encoder)
 
 
 async def of_uploaded(
@@ -83,13 +98,14 @@ async def of_uploaded(
     `negative`, which holds ids or vectors. The images named are left out themselves.
     """
     service: Service = request.app.state.service
+    filter = wanted.chosen()  # what is wrong with it is said before anything is embedded
     gallery = await asyncio.to_thread(request.app.state.galleries.get, gallery_name)
     if media_type(request) == "application/json":
         if encoder is not None:
             encoder_of(service, gallery, encoder)
         body = await read_body(request, service.body_limits)
         query, ids = await asyncio.to_thread(_of_examples, gallery, body)
-        return await _reply(gallery, query, wanted, ids, gallery.encoder)
+        return await _reply(gallery, query, wanted, filter, ids, gallery.encoder)
     loaded = encoder_of(service, gallery, encoder)
     service.refuse_if_full(loaded)
     images = await read_images(request, replace(service.body_limits, max_images=1))
@@ -100,14 +116,21 @@ async def of_uploaded(
         result.param = result.param or "images[0]"
         raise result
     gallery.require(loaded.identity)  # it may have been filled by another encoder meanwhile
-    return await _reply(gallery, result["embedding"], wanted, [], loaded.identity)
+    return await _reply(gallery, result["embedding"], wanted, filter, [], loaded.identity)
 
 
 async def _reply(
-    gallery: Gallery, query: F32, wanted: Wanted, leave_out: Sequence[str], encoder: Identity | None
+    gallery: Gallery,
+    query: F32,
+    wanted: Wanted,
+    filter: Filter | None,
+    leave_out: Sequence[str],
+    encoder: Identity | None,
 ) -> Response:
     def search() -> list[Neighbor]:
-        return gallery.neighbors(query, wanted.k, leave_out=leave_out, label=wanted.label, min_score=wanted.min_score)
+        return gallery.neighbors(
+            query, wanted.k, leave_out=leave_out, label=wanted.label, filter=filter, min_score=wanted.min_score
+        )
 
     found = await asyncio.to_thread(search)
     content: dict[str, Any] = {"encoder": described(encoder), "neighbors": [asdict(neighbor) for neighbor in found]}

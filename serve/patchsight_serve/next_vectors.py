@@ -9,7 +9,6 @@ import orjson
 
 from patchsight_serve.errors import InvalidRequest, PatchsightError, Superseded
 from patchsight_serve.gallery import Gallery
-from patchsight_serve.index import Index
 from patchsight_serve.item import Identity
 from patchsight_serve.nearest import F32
 from patchsight_serve.record import Record, Row, digest, row_checksum
@@ -78,7 +77,7 @@ class NextVectors:
         with self._gallery.writing(long=True) as record:
             if any(todo.row.intact for todo in self._all_todo()) or self._without_damaged(record):
                 return None
-            index = Index()
+            index = self._gallery.new_index()
             heir = record.heir()
             try:
                 with heir.transaction():

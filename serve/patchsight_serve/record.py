@@ -15,8 +15,11 @@ from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from patchsight_serve.errors import Conflict, PatchsightError, StorageFull
 from patchsight_serve.long_reads import LongReads
+from patchsight_serve.nearest import I64
 
 VERSION = 1
 _SCHEMA = f"""
@@ -198,9 +201,14 @@ class Record:
             yield [Row(*r) for r in found]
             last = found[-1][0]
 
-    def keys_with_label(self, label: str) -> list[int]:
-        """Keys of all rows of a label."""
-        return [key for (key,) in self._read("SELECT key FROM images WHERE label = ?", (label,))]
+    def select(self, where: str, values: Sequence[str]) -> I64:
+        """Keys of all rows for which a condition holds, in any order.
+
+        On a connection of its own: it may have to read every row, and must not hold up those who want one.
+        """
+        with self.long_read(threading.Event()) as connection:
+            found = connection.execute(f"SELECT key FROM images WHERE {where}", values)
+            return np.fromiter((key for (key,) in found), np.int64)
 
     def thumbnail(self, key: int) -> bytes | None:
         """JPEG bytes. Raises PatchsightError if they are damaged."""

@@ -40,6 +40,11 @@ class ServeSettings(CommandSettings):
         Path("state"), description="folder that holds the galleries, and what trials of engines found"
     )
     keep_originals: bool = Field(True, description="keep the encoded images in the galleries, for later encoders")
+    exact_limit: Positive = Field(
+        200_000,
+        description="images of a gallery up to which a search compares with every one; among more it visits as many as "
+        "find 0.99 of the neighbors",
+    )
     sample_gallery: bool = Field(True, description="index the sample photos into a default gallery that is new")
     encoder: str | None = Field(
         None, description="the encoder of requests that name none (default: the one that sees the largest pictures)"

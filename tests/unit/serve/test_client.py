@@ -359,7 +359,8 @@ def test_encoders_and_neighbors(kind: Any, png: bytes, tmp_path: Path) -> None:
     with listening(state_dir=tmp_path) as (url, _), kind(url, resize=True) as client:
         assert [encoder["name"] for encoder in client.encoders()] == ["fake"]
         for i, image in enumerate(images):
-            httpx.post(f"{url}/gallery/images?id=i{i}&label=l{i % 2}", content=image).raise_for_status()
+            said = {"id": f"i{i}", "label": f"l{i % 2}", "metadata": f'{{"n": {i}}}'}
+            httpx.post(f"{url}/gallery/images", content=image, params=said).raise_for_status()
         best, *_ = client.neighbors(images[2])
         assert (best.id, best.label) == ("i2", "l0")
         assert best.score == pytest.approx(1)
@@ -367,6 +368,16 @@ def test_encoders_and_neighbors(kind: Any, png: bytes, tmp_path: Path) -> None:
         assert len(found) == 2
         raw = httpx.get(f"{url}/neighbors?id=i2&k=2&label=l0").json()["neighbors"]
         assert [(n.id, n.score) for n in found] == [(n["id"], n["score"]) for n in raw]
+        some = client.neighbors_of("i2", label=["l0", "l1"], filter={"n": {"gte": 1, "lt": 4}})
+        assert {n.id for n in some} == {"i1", "i3"}
+        assert [n.id for n in client.neighbors(images[5], filter='{"n": 5}', label=None)] == ["i5"]
+        with pytest.raises(InvalidRequest, match="no operator 'like'") as refused:
+            client.neighbors(images[5], filter={"n": {"like": 5}})
+        assert refused.value.param == "filter"
+        with pytest.raises(InvalidRequest, match="filter cannot be written as JSON"):
+            client.neighbors(images[5], filter={"n": {1, 2}})
+        with pytest.raises(InvalidRequest, match="label is empty"):
+            client.neighbors(images[5], label=[])
         with pytest.raises(NotFound, match="nowhere"):
             client.neighbors(png, gallery="nowhere")
 

@@ -72,6 +72,7 @@ def test_add_raw_get_thumbnail_patch_delete(client: TestClient, photos: list[byt
         "gallery": "default",
         "count": 1,
         "encoder": {"name": manifest.name, "sha256": manifest.sha256},
+        "index": {"kind": "flat", "recall": None, "lists": None, "probes": None, "building": False},
         "damaged": [],
         "galleries": ["default"],
         "reembedding": None,
@@ -356,6 +357,79 @@ def test_label_min_score_and_vote(client: TestClient, photos: list[bytes]) -> No
     assert unlabelled["vote"] == {"label": None, "confidence": 0.0}
 
 
+def test_filters_and_several_labels(client: TestClient, photos: list[bytes]) -> None:
+    items = []
+    for i in range(12):
+        metadata = {"year": 2000 + i, "place": {"city": "Rome" if i % 2 else "Köln"}}
+        items.append({"id": f"i{i:02d}", "label": "abc"[i % 3], "metadata": metadata})
+    add(client, photos, items)
+    vectors = {f"i{i:02d}": vector(p) for i, p in enumerate(photos)}
+
+    def expected(keep: Callable[[int], bool]) -> list[tuple[str, float]]:
+        return ranking(vectors["i00"], {id: v for i, (id, v) in enumerate(vectors.items()) if keep(i)})
+
+    for query, keep in [
+        ({"label": ["a", "c"]}, lambda i: i % 3 != 1),
+        ({"label": ["b"]}, lambda i: i % 3 == 1),
+        ({"label": ["b", "nobody"]}, lambda i: i % 3 == 1),
+        ({"filter": {"place.city": "Köln"}}, lambda i: i % 2 == 0),
+        ({"filter": {"year": {"gte": 2003, "lt": 2009}, "place.city": "Rome"}}, lambda i: i in (3, 5, 7)),
+        ({"filter": {"year": {"in": [2001, 2002]}}, "label": ["b", "c"]}, lambda i: i in (1, 2)),
+        ({"filter": {"city": {"exists": True}}}, lambda i: False),  # noqa: ARG005
+        ({"filter": {}}, lambda i: True),  # noqa: ARG005
+    ]:
+        said = query | ({"filter": json.dumps(query["filter"])} if "filter" in query else {})
+        posted = client.post("/neighbors", content=photos[0], headers=RAW, params=said | {"k": 12})
+        assert same(found(posted), expected(keep)), query
+        example = client.post("/neighbors", json={"vectors": [vectors["i00"].tolist()]}, params=said | {"k": 12})
+        assert same(found(example), expected(keep)), query
+        own = client.get("/neighbors", params=said | {"id": "i00", "k": 12})
+        assert same(found(own), [pair for pair in expected(keep) if pair[0] != "i00"]), query
+
+
+def test_a_filter_that_is_wrong_is_400_before_anything_is_embedded(serving, photos: list[bytes]) -> None:
+    class Counting(FakeEncoder):
+        images = 0
+
+        def run(self, images, outputs):
+            Counting.images += len(images)
+            return super().run(images, outputs)
+
+    client = serving(Counting())
+    add(client, photos[:1], [{"id": "x"}])
+    before = Counting.images
+    for query, message in [
+        ({"filter": "{"}, "filter is not JSON"),
+        ({"filter": ""}, "filter is not JSON"),
+        ({"filter": '{"year": {"like": 1}}'}, "filter has no operator 'like', given for 'year'"),
+        ({"filter": json.dumps({str(i): i for i in range(21)})}, "filter has 21 conditions, the limit is 20"),
+        ({"label": [str(i) for i in range(101)]}, "at most 100 items"),
+    ]:
+        for reply in (
+            client.post("/neighbors", content=photos[0], headers=RAW, params=query),
+            client.get("/neighbors", params=query | {"id": "x"}),
+        ):
+            error = reply.json()["error"]
+            assert (reply.status_code, error["code"], error["param"]) == (400, "invalid_request", next(iter(query)))
+            assert message in error["message"]
+    assert Counting.images == before
+
+
+def test_an_index_over_the_limit_says_what_it_is(serving, photos: list[bytes], until) -> None:
+    client = serving(exact_limit=5)
+    add(client, photos, [{"id": f"i{i:02d}"} for i in range(12)])
+    until(lambda: client.get("/gallery").json()["index"]["kind"] == "ivf")
+    assert client.get("/gallery").json()["index"] == {
+        "kind": "ivf",
+        "recall": 1.0,  # twelve images are one list
+        "lists": 1,
+        "probes": 1,
+        "building": False,
+    }
+    vectors = {f"i{i:02d}": vector(p) for i, p in enumerate(photos)}
+    assert same(found(client.post("/neighbors", content=photos[0], headers=RAW)), ranking(vectors["i00"], vectors)[:10])
+
+
 def test_an_empty_gallery_answers(client: TestClient, photos: list[bytes]) -> None:
     assert client.get("/gallery").json()["count"] == 0
     assert client.get("/gallery").json()["encoder"] is None
@@ -438,7 +512,7 @@ def test_every_route_is_documented(client: TestClient) -> None:
     assert {"404"} <= set(original)
     assert {"get", "post"} <= set(paths["/neighbors"])
     names = {parameter["name"] for parameter in paths["/neighbors"]["post"]["parameters"]}
-    assert names == {"k", "label", "min_score", "vote", "gallery", "encoder"}
+    assert names == {"k", "label", "filter", "min_score", "vote", "gallery", "encoder"}
 
 
 def test_metadata_that_no_reply_could_hold(client: TestClient, png: bytes) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from patchsight_serve.errors import Conflict, InvalidRequest, NotFound, PatchsightError, StorageFull
+from patchsight_serve.filters import Filter
 from patchsight_serve.gallery import Gallery
 from patchsight_serve.item import Identity, Item, NewImage
 from patchsight_serve.nearest import normalize
@@ -87,6 +88,101 @@ def test_the_label_filter_comes_before_the_search(gallery: Gallery) -> None:
         for id, _ in brute_force({f"i{i:03d}": v for i, v in enumerate(vectors) if f"i{i:03d}" in rare}, query, 12)[3:]
     ]
     assert gallery.neighbors(query, 10, label="no such label") == []
+
+
+def test_filters_come_before_the_search(gallery: Gallery) -> None:
+    """The few that a filter leaves are the farthest from the query, and some of them are equal."""
+    vectors = unit_vectors(400)
+    query = vectors[0]
+    order = np.argsort(vectors @ query)
+    vectors[order[:12]] = np.repeat(vectors[order[:3]], 4, axis=0)
+    rare = {f"i{row:03d}": vectors[row] for row in order[:12]}
+    images = []
+    for i, v in enumerate(vectors):
+        id = f"i{i:03d}"
+        metadata = {"year": 2015 if id in rare else 2000 + i % 10, "place": {"city": "Rome"}, 'a"b': i}
+        images.append(new(id, v, label="abc"[i % 3], **metadata))
+    gallery.add(images, ENCODER)
+    years = Filter.of({"year": {"gte": 2010, "lt": 2020}, "place.city": "Rome"})
+    for k in (1, 5, 12, 100):
+        found = [(n.id, np.float32(n.score)) for n in gallery.neighbors(query, k, filter=years)]
+        assert found == brute_force(rare, query, k)
+    left_out = {id for id, _ in brute_force(rare, query, 3)}
+    assert [n.id for n in gallery.neighbors(query, 9, filter=years, leave_out=left_out)] == [
+        id for id, _ in brute_force(rare, query, 12)[3:]
+    ]
+    for labels in (["a"], ["a", "c"], ["c", "nobody"], ["a", "b", "c"]):
+        some = {id: v for id, v in rare.items() if "abc"[int(id[1:]) % 3] in labels}
+        assert [n.id for n in gallery.neighbors(query, 12, label=labels, filter=years)] == [
+            id for id, _ in brute_force(some, query, 12)
+        ]
+    assert {n.label for n in gallery.neighbors(query, 400, label=["a", "b"])} == {"a", "b"}
+    assert gallery.neighbors(query, 10, label=[]) == []
+    assert [n.id for n in gallery.neighbors(query, 10, filter=Filter.of({'a"b': {"in": [7, 3]}}))] == [
+        id for id, _ in brute_force({f"i{i:03d}": vectors[i] for i in (3, 7)}, query, 10)
+    ]
+    assert gallery.neighbors(query, 10, filter=Filter.of({})) == gallery.neighbors(query, 10)
+    assert gallery.neighbors(query, 10, filter=Filter.of({"year": 1900})) == []
+
+
+def test_labels_are_looked_up_in_their_index(gallery: Gallery) -> None:
+    plan = gallery._record._read("EXPLAIN QUERY PLAN SELECT key FROM images WHERE images.label IN (?, ?)", ("a", "b"))
+    assert any("images_by_label" in step[-1] for step in plan)
+
+
+def test_a_filter_holds_up_nobody_who_wants_an_image(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While SQLite is in the middle of a filter over all rows."""
+    gallery.add([new(f"i{i}", v, n=i) for i, v in enumerate(unit_vectors(3))], ENCODER)
+    connect, inside, go_on = gallery._record._connect, threading.Event(), threading.Event()
+
+    def slow() -> sqlite3.Connection:
+        connection = connect()
+        connection.set_progress_handler(lambda: inside.set() or not go_on.wait(60), 1)
+        return connection
+
+    monkeypatch.setattr(gallery._record, "_connect", slow)
+    found: list[str] = []
+    query = unit_vectors(3)[2]
+
+    def search() -> None:
+        found.extend(n.id for n in gallery.neighbors(query, 1, filter=Filter.of({"n": {"gte": 1}})))
+
+    searching = threading.Thread(target=search)
+    searching.start()
+    try:
+        assert inside.wait(60)
+        assert gallery.get("i1").metadata == {"n": 1}
+        assert gallery.neighbors(query, 1)[0].id == "i2"
+        assert gallery.add([new("later", query)], ENCODER) == [True]
+        assert found == []
+    finally:
+        go_on.set()
+        searching.join()
+    assert found == ["i2"]
+
+
+def test_a_gallery_over_the_limit_gets_an_approximate_index(tmp_path: Path, until) -> None:
+    """At the add that crosses it, and at each start; the record alone decides what is in it."""
+    vectors = unit_vectors(900)
+    gallery = Gallery(tmp_path / "g", exact_limit=500)
+    gallery.add([new(f"i{i:03d}", v, half=i % 2) for i, v in enumerate(vectors[:500])], ENCODER)
+    assert gallery.index == ("flat", None, None, None, False)
+    gallery.add([new(f"i{i + 500:03d}", v, half=i % 2) for i, v in enumerate(vectors[500:])], ENCODER)
+    until(lambda: gallery.index.kind == "ivf")
+    gallery.delete("i007")
+    gallery.add([new("i008", vectors[7], b"other")], ENCODER, replace=True)
+    gallery.close()
+    gallery = Gallery(tmp_path / "g", exact_limit=500)
+    until(lambda: gallery.index.kind == "ivf")
+    assert gallery.index.recall is not None
+    assert gallery.index.recall >= 0.99
+    assert len(gallery) == 899
+    assert gallery.neighbors(vectors[7], 1)[0].id == "i008"
+    assert {n.id for n in gallery.neighbors(vectors[0], 1000)} == {f"i{i:03d}" for i in range(900)} - {"i007"}
+    kept = {f"i{i:03d}": vectors[i] for i in range(0, 900, 2) if i != 8}  # which was replaced, without its metadata
+    half = gallery.neighbors(vectors[3], 20, filter=Filter.of({"half": 0}))
+    assert [(n.id, np.float32(n.score)) for n in half] == brute_force(kept, vectors[3], 20)  # 449 are within the limit
+    gallery.close()
 
 
 def test_leave_out_and_min_score(gallery: Gallery) -> None:

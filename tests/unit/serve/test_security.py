@@ -9,6 +9,7 @@ from starlette.testclient import TestClient
 
 from patchsight_serve.connection import MAX_HEAD, MAX_PIPELINED
 from patchsight_serve.decode import Limits
+from patchsight_serve.filters import MAX_CONDITIONS, MAX_LABELS
 from patchsight_serve.item import MAX_DEPTH, MAX_LABEL, MAX_METADATA
 from patchsight_serve.settings import ServeSettings
 
@@ -31,6 +32,7 @@ def test_what_cannot_be_set() -> None:
     assert f"{MAX_PIPELINED} requests of one connection that wait" in text
     assert f"{Limits().max_side:,} pixels on an image's longest side" in text
     assert f"{MAX_LABEL} characters of a label, {MAX_METADATA // 1024} KiB and {MAX_DEPTH} levels of metadata" in text
+    assert f"{MAX_CONDITIONS} conditions of a filter, {MAX_LABELS} labels to choose from" in text
 
 
 def test_what_is_closed_by_default() -> None:
