@@ -6,6 +6,8 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -133,14 +135,15 @@ def test_labels_are_looked_up_in_their_index(gallery: Gallery) -> None:
 def test_a_filter_holds_up_nobody_who_wants_an_image(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
     """While SQLite is in the middle of a filter over all rows."""
     gallery.add([new(f"i{i}", v, n=i) for i, v in enumerate(unit_vectors(3))], ENCODER)
-    connect, inside, go_on = gallery._record._connect, threading.Event(), threading.Event()
+    long_read, inside, go_on = gallery._record.long_read, threading.Event(), threading.Event()
 
-    def slow() -> sqlite3.Connection:
-        connection = connect()
-        connection.set_progress_handler(lambda: inside.set() or not go_on.wait(60), 1)
-        return connection
+    @contextmanager
+    def slow(left: threading.Event) -> Iterator[sqlite3.Connection]:
+        with long_read(left) as connection:
+            connection.set_progress_handler(lambda: inside.set() or not go_on.wait(60), 1)
+            yield connection
 
-    monkeypatch.setattr(gallery._record, "_connect", slow)
+    monkeypatch.setattr(gallery._record, "long_read", slow)
     found: list[str] = []
     query = unit_vectors(3)[2]
 
