@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from patchsight_serve.durable import sync
 from patchsight_serve.errors import Conflict, InvalidRequest
 from patchsight_serve.manifest import BUNDLE_NAME, Manifest, load_manifest
 from patchsight_serve.triton_config import config_pbtxt
@@ -46,13 +47,13 @@ def publish(bundle: Path, manifest: Manifest, model: bytes) -> None:
             _write(partial / "1" / "model.onnx", model)
             _write(partial / "encoder.json", _json(manifest))
             _write(partial / "config.pbtxt", config_pbtxt(manifest).encode())
-            _fsync(partial / "1")
-            _fsync(partial)
+            sync(partial / "1")
+            sync(partial)
             partial.rename(bundle)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        _fsync(bundle.parent)
+        sync(bundle.parent)
 
 
 def record(bundle: Path, measurement: Path) -> None:
@@ -86,7 +87,7 @@ def record(bundle: Path, measurement: Path) -> None:
         partial = bundle / ".encoder.json.partial"
         _write(partial, _json(manifest.model_copy(update={"measured": measured})))
         partial.replace(bundle / "encoder.json")
-        _fsync(bundle)
+        sync(bundle)
 
 
 def _json(manifest: Manifest) -> bytes:
@@ -109,11 +110,3 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

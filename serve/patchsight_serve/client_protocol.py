@@ -154,7 +154,7 @@ class Conversation:
 
     def duplicates(self, query: Mapping[str, object]) -> Steps[list[Group]]:
         """Page after page, up to `limit` groups if that is asked for."""
-        said, groups = {name: str(value) for name, value in query.items()}, []
+        said, groups = _said(query), []
         while True:
             page = (yield from self._ask(Call("GET", "/gallery/duplicates", said))).json()
             groups += [Group(g["id"], g["size"], [Member(**m) for m in g["members"]]) for g in page["groups"]]
@@ -164,7 +164,7 @@ class Conversation:
 
     def clusters(self, query: Mapping[str, object]) -> Steps[list[Cluster]]:
         """All of a gallery."""
-        call = Call("GET", "/gallery/clusters", {name: str(value) for name, value in query.items()})
+        call = Call("GET", "/gallery/clusters", _said(query))
         return [
             Cluster(c["size"], [LabelCount(**count) for count in c["labels"]], [Typical(**t) for t in c["typical"]])
             for c in (yield from self._ask(call)).json()["clusters"]

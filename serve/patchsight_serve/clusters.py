@@ -18,12 +18,11 @@ from patchsight_serve.errors import InvalidRequest
 from patchsight_serve.galleries import GalleryQuery, described
 from patchsight_serve.gallery import Gallery
 from patchsight_serve.group import Cluster, LabelCount, Typical
-from patchsight_serve.group_schemas import ClustersReply
+from patchsight_serve.group_schemas import SURVEY_ERRORS, ClustersReply
 from patchsight_serve.kmeans import kmeans
 from patchsight_serve.linkage import Pause
 from patchsight_serve.nearest import F32, I64
 from patchsight_serve.replies import json_reply
-from patchsight_serve.schemas import ErrorReply
 from patchsight_serve.survey import Surveys
 
 MAX_CLUSTERS = 1000
@@ -66,8 +65,7 @@ def router() -> APIRouter:
         summary="Clusters of the whole gallery",
         responses={
             200: {"model": ClustersReply},
-            404: {"model": ErrorReply, "description": "Unknown gallery."},
-            429: {"model": ErrorReply, "description": "Too many questions about whole galleries are waiting."},
+            **SURVEY_ERRORS,
         },
     )(clusters)
     return routes

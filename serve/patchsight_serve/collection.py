@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 
+from patchsight_serve.durable import sync
 from patchsight_serve.errors import Conflict, NotFound, PatchsightError, Superseded
 from patchsight_serve.gallery import Gallery
 from patchsight_serve.index import EXACT_LIMIT
 from patchsight_serve.item import check_gallery
 from patchsight_serve.record import Record
-from patchsight_serve.scratch import Scratch, sync, told
+from patchsight_serve.scratch import Scratch, told
 
 DEFAULT = "default"
 FILE = "gallery.sqlite"

@@ -5,8 +5,15 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive
 
 UNWATCHED_S = 0.05  # most requests end before, and need no watcher
+
+
+async def left(receive: Receive) -> None:
+    """Return once the client has closed the connection; the body must have been read before."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 @asynccontextmanager
@@ -20,8 +27,7 @@ async def while_connected(request: Request) -> AsyncIterator[None]:
     watcher: asyncio.Task[None] | None = None
 
     async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
+        await left(request.receive)
         presence.reschedule(0)  # long past: now
 
     def begin() -> None:

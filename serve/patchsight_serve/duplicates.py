@@ -18,11 +18,10 @@ from patchsight_serve.errors import InvalidRequest
 from patchsight_serve.galleries import GalleryQuery, described
 from patchsight_serve.gallery import Gallery
 from patchsight_serve.group import Group, Member
-from patchsight_serve.group_schemas import DuplicatesReply
+from patchsight_serve.group_schemas import SURVEY_ERRORS, DuplicatesReply
 from patchsight_serve.linkage import Pause, central, components
 from patchsight_serve.nearest import F32, I64
 from patchsight_serve.replies import json_reply
-from patchsight_serve.schemas import ErrorReply
 from patchsight_serve.survey import Surveys
 
 LEAST_SCORE = 0.5
@@ -75,8 +74,7 @@ def router() -> APIRouter:
         summary="Near-duplicates in the whole gallery",
         responses={
             200: {"model": DuplicatesReply},
-            404: {"model": ErrorReply, "description": "Unknown gallery."},
-            429: {"model": ErrorReply, "description": "Too many questions about whole galleries are waiting."},
+            **SURVEY_ERRORS,
         },
     )(duplicates)
     return routes

@@ -8,6 +8,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from patchsight_serve.departure import left
 from patchsight_serve.replies import NO_SNIFFING
 
 CHUNK = 1024 * 1024  # bytes
@@ -25,7 +26,7 @@ class FileReply(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
         """Send it. Raises ClientDisconnect."""
-        leaving = asyncio.create_task(_left(receive))
+        leaving = asyncio.create_task(left(receive))
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             while chunk := await asyncio.to_thread(self._file.read, CHUNK):
@@ -36,9 +37,3 @@ class FileReply(Response):
         finally:
             leaving.cancel()
             self._file.close()
-
-
-async def _left(receive: Receive) -> None:
-    """Return once the client has."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -1,8 +1,15 @@
 """The shapes of what is found in a gallery as a whole, for the OpenAPI page."""
 
+from typing import Any
+
 from pydantic import BaseModel, Field
 
-from patchsight_serve.schemas import EncoderName
+from patchsight_serve.schemas import EncoderName, ErrorReply
+
+SURVEY_ERRORS: dict[int | str, dict[str, Any]] = {
+    404: {"model": ErrorReply, "description": "Unknown gallery."},
+    429: {"model": ErrorReply, "description": "Too many questions about whole galleries are waiting."},
+}
 
 
 class MemberImage(BaseModel):

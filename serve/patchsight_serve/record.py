@@ -149,7 +149,7 @@ class Record:
 
     def fact(self, name: str) -> str | None:
         """A fact about the gallery as a whole."""
-        found = self._read("SELECT value FROM facts WHERE name = ?", (name,))
+        found = self.read("SELECT value FROM facts WHERE name = ?", (name,))
         return found[0][0] if found else None
 
     def set_fact(self, name: str, value: str) -> None:
@@ -177,28 +177,33 @@ class Record:
 
     def find(self, ids: Sequence[str]) -> dict[str, Row]:
         """The rows, damaged ones too, of those ids that are there."""
-        return {row.id: row for row in self._find("id", ids)}
+        return {row.id: row for row in map(_row, self._find("id", ids))}
 
     def rows(self, keys: Sequence[int]) -> dict[int, Row]:
         """The rows of those keys that are there."""
-        return {row.key: row for row in self._find("key", keys)}
+        return {row.key: row for row in map(_row, self._find("key", keys))}
 
-    def _find(self, column: str, values: Sequence[str | int]) -> Iterator[Row]:
+    def _find(self, column: str, values: Sequence[str | int], wanted: str = _COLUMNS) -> Iterator[tuple]:  # type: ignore[type-arg]
         for start in range(0, len(values), _CHUNK):
             some = values[start : start + _CHUNK]
             marks = ",".join("?" * len(some))
-            yield from (Row(*r) for r in self._read(f"SELECT {_COLUMNS} FROM images WHERE {column} IN ({marks})", some))
+            yield from self.read(f"SELECT {wanted} FROM images WHERE {column} IN ({marks})", some)
 
     def page(self, after: str, limit: int) -> list[Row]:
         """Up to `limit` rows in the order of their ids, those behind the id `after`."""
         query = f"SELECT {_COLUMNS} FROM images WHERE id > ? ORDER BY id LIMIT ?"
-        return [Row(*r) for r in self._read(query, (after, limit))]
+        return [_row(values) for values in self.read(query, (after, limit))]
 
     def scan(self, chunk: int = 10_000) -> Iterator[list[Row]]:
         """All rows in the order of their keys, in chunks."""
-        last = -1
-        while found := self._read(f"SELECT {_COLUMNS} FROM images WHERE key > ? ORDER BY key LIMIT ?", (last, chunk)):
-            yield [Row(*r) for r in found]
+        for found in self._scan(_COLUMNS, "TRUE", chunk):
+            yield [_row(values) for values in found]
+
+    def _scan(self, wanted: str, where: str, chunk: int) -> Iterator[list[tuple]]:  # type: ignore[type-arg]
+        """wanted: columns, the key first."""
+        query, last = f"SELECT {wanted} FROM images WHERE key > ? AND {where} ORDER BY key LIMIT ?", -1
+        while found := self.read(query, (last, chunk)):
+            yield found
             last = found[-1][0]
 
     def select(self, where: str, values: Sequence[str]) -> I64:
@@ -212,18 +217,18 @@ class Record:
 
     def thumbnail(self, key: int) -> bytes | None:
         """JPEG bytes. Raises PatchsightError if they are damaged."""
-        found = self._read("SELECT thumbnail, checksum FROM pictures WHERE key = ?", (key,))
+        found = self.read("SELECT thumbnail, checksum FROM pictures WHERE key = ?", (key,))
         if found and digest(found[0][0]) != found[0][1]:
             raise PatchsightError("the stored thumbnail is damaged; add the image again with replace=true")
         return found[0][0] if found else None
 
     def original(self, key: int) -> bytes | None:
         """The encoded image as it came, or None where originals are not kept."""
-        found = self._read("SELECT original FROM pictures WHERE key = ?", (key,))
+        found = self.read("SELECT original FROM pictures WHERE key = ?", (key,))
         return found[0][0] if found else None
 
-    def _read(self, query: str, values: Sequence[str | int]) -> list[tuple]:  # type: ignore[type-arg]
-        """Committed rows; a writer at work does not hold this up."""
+    def read(self, query: str, values: Sequence[str | int] = ()) -> list[tuple]:  # type: ignore[type-arg]
+        """What is committed, by any query; a writer at work does not hold this up."""
         with self._explained(), self._reading:
             return self._reader.execute(query, values).fetchall()
 
@@ -237,21 +242,11 @@ class Record:
 
     def names(self, keys: Sequence[int]) -> dict[int, tuple[str, str]]:
         """Id and sha256 of those keys that are there: what of a key never changes, beside its vector."""
-        found: dict[int, tuple[str, str]] = {}
-        for start in range(0, len(keys), _CHUNK):
-            some = keys[start : start + _CHUNK]
-            marks = ",".join("?" * len(some))
-            rows = self._read(f"SELECT key, id, sha256 FROM images WHERE key IN ({marks})", some)
-            found.update((key, (id, sha256)) for key, id, sha256 in rows)
-        return found
+        return {key: (id, sha256) for key, id, sha256 in self._find("key", keys, "key, id, sha256")}
 
     def labels(self, chunk: int = 10_000) -> Iterator[list[tuple[int, str]]]:
         """Keys and labels of all rows that have one, in the order of their keys, in chunks."""
-        query = "SELECT key, label FROM images WHERE key > ? AND label IS NOT NULL ORDER BY key LIMIT ?"
-        last = -1
-        while found := self._read(query, (last, chunk)):
-            yield found
-            last = found[-1][0]
+        yield from self._scan("key, label", "label IS NOT NULL", chunk)
 
     def insert_bare(self, id: str, label: str | None, metadata: str, sha256: str, vector: bytes) -> int:
         """As `insert`, of an image whose picture is not here; sha256 may be empty then."""
@@ -280,10 +275,6 @@ class Record:
         self._ended = error
         self.close()
 
-    def read(self, query: str, values: Sequence[str | int] = ()) -> list[tuple]:  # type: ignore[type-arg]
-        """What is committed, by a query of one's own."""
-        return self._read(query, values)
-
     def execute(self, change: str, values: Sequence[str | int | bytes] = ()) -> None:
         """A change of one's own, inside a transaction."""
         self._writer.execute(change, values)
@@ -297,11 +288,15 @@ class Record:
         self._ended = error
 
 
+def _row(values: tuple) -> Row:  # type: ignore[type-arg]
+    return Row(*values)
+
+
 def rows_in(connection: sqlite3.Connection, chunk: int) -> Iterator[list[Row]]:
     """All rows in the order of their keys, as they were at one moment; in chunks, and without a long list of any."""
     cursor = connection.execute(f"SELECT {_COLUMNS} FROM images ORDER BY key")
     while found := cursor.fetchmany(chunk):
-        yield [Row(*r) for r in found]
+        yield [_row(values) for values in found]
 
 
 def declared(connection: sqlite3.Connection) -> dict[tuple[str, str], str | None]:

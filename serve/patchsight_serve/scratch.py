@@ -100,12 +100,3 @@ def told(what: str) -> Iterator[None]:
         if error.errno in FULL:
             raise StorageFull(f"no space left for {what}; nothing of this request was stored") from error
         raise
-
-
-def sync(path: Path) -> None:
-    """Have what was written to a file, or which names a folder has, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

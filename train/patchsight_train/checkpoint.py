@@ -6,7 +6,6 @@ Random numbers need no saving: every generator in training is seeded by (seed, s
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from patchsight_serve.durable import sync
 from patchsight_serve.errors import InvalidRequest
 
 KEPT = 2
@@ -45,7 +45,7 @@ def save(run: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimiz
     except BaseException:  # on a full disk what is incomplete would only take room
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _fsync(folder)
+    sync(folder)
     for old in complete(run)[:-KEPT]:
         shutil.rmtree(folder / str(old))
 
@@ -56,7 +56,7 @@ def _write(folder: Path, step: int, module: nn.Module, optimizer: torch.optim.Op
     save_file(_optimizer_tensors(module, optimizer), folder / "optimizer.safetensors")
     (folder / "state.json").write_text(json.dumps({"step": step}))
     for path in [*folder.iterdir(), folder]:
-        _fsync(path)
+        sync(path)
 
 
 def complete(run: Path) -> list[int]:
@@ -132,11 +132,3 @@ def _restore_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, tens
         states.setdefault(parameter, {})[key] = value
     for name, state in states.items():
         optimizer.state[parameters[name]] = state
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

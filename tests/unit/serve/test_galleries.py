@@ -131,19 +131,23 @@ def test_default_ids_come_from_the_bytes_and_adding_twice_is_once(client: TestCl
     assert client.get("/gallery").json()["count"] == 3
 
 
+class Counting(FakeEncoder):
+    """How many images it was given."""
+
+    images = 0
+
+    def run(self, images, outputs):
+        self.images += len(images)
+        return super().run(images, outputs)
+
+
 def test_what_is_there_is_not_embedded_again(serving, photos: list[bytes]) -> None:
-    class Counting(FakeEncoder):
-        images = 0
-
-        def run(self, images, outputs):
-            Counting.images += len(images)
-            return super().run(images, outputs)
-
-    client = serving(Counting())
+    encoder = Counting()
+    client = serving(encoder)
     add(client, photos)
-    before = Counting.images
+    before = encoder.images
     add(client, photos)
-    assert Counting.images == before
+    assert encoder.images == before
 
 
 def test_other_bytes_under_an_id_are_409_unless_replaced(client: TestClient, photos: list[bytes]) -> None:
@@ -388,16 +392,10 @@ def test_filters_and_several_labels(client: TestClient, photos: list[bytes]) -> 
 
 
 def test_a_filter_that_is_wrong_is_400_before_anything_is_embedded(serving, photos: list[bytes]) -> None:
-    class Counting(FakeEncoder):
-        images = 0
-
-        def run(self, images, outputs):
-            Counting.images += len(images)
-            return super().run(images, outputs)
-
-    client = serving(Counting())
+    encoder = Counting()
+    client = serving(encoder)
     add(client, photos[:1], [{"id": "x"}])
-    before = Counting.images
+    before = encoder.images
     for query, message in [
         ({"filter": "{"}, "filter is not JSON"),
         ({"filter": ""}, "filter is not JSON"),
@@ -412,7 +410,7 @@ def test_a_filter_that_is_wrong_is_400_before_anything_is_embedded(serving, phot
             error = reply.json()["error"]
             assert (reply.status_code, error["code"], error["param"]) == (400, "invalid_request", next(iter(query)))
             assert message in error["message"]
-    assert Counting.images == before
+    assert encoder.images == before
 
 
 def test_an_index_over_the_limit_says_what_it_is(serving, photos: list[bytes], until) -> None:

@@ -128,7 +128,7 @@ def test_filters_come_before_the_search(gallery: Gallery) -> None:
 
 
 def test_labels_are_looked_up_in_their_index(gallery: Gallery) -> None:
-    plan = gallery._record._read("EXPLAIN QUERY PLAN SELECT key FROM images WHERE images.label IN (?, ?)", ("a", "b"))
+    plan = gallery._record.read("EXPLAIN QUERY PLAN SELECT key FROM images WHERE images.label IN (?, ?)", ("a", "b"))
     assert any("images_by_label" in step[-1] for step in plan)
 
 

@@ -84,7 +84,7 @@ def test_a_partial_one_does_not_count(trainer: Make, random_pixels: Tensor, adva
     assert trainer("mae", random_pixels).step == 2
 
 
-@pytest.mark.parametrize("broken", ["save_file", "_fsync"])
+@pytest.mark.parametrize("broken", ["save_file", "sync"])
 def test_a_failing_save_leaves_the_last_one(
     broken: str, trainer: Make, random_pixels: Tensor, advance: Advance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
