@@ -29,9 +29,10 @@ from patchsight_serve import (
 )
 from patchsight_serve.auth import BearerAuth
 from patchsight_serve.bodies import BodyLimits
-from patchsight_serve.collection import Galleries, NoGalleries
+from patchsight_serve.collection import NoGalleries
 from patchsight_serve.decode import Limits
 from patchsight_serve.decoders import Decoders
+from patchsight_serve.embedded_galleries import EmbeddedGalleries
 from patchsight_serve.encoder import Encoder, RemoteEncoder
 from patchsight_serve.errors import BundleError, InvalidRequest, NotReady, PatchsightError
 from patchsight_serve.loaded import with_engine
@@ -95,7 +96,7 @@ def create_app(
     app.state.service = service
     app.state.reloader = Reloader(service, source)
     app.state.galleries = (
-        Galleries(settings.state_dir / "galleries", settings.keep_originals, settings.exact_limit)
+        EmbeddedGalleries(settings.state_dir / "galleries", settings.keep_originals, settings.exact_limit)
         if settings.processes == 1
         else NoGalleries(settings.processes)
     )

@@ -16,11 +16,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import orjson
 
+from patchsight_serve.embedded_gallery import EmbeddedGallery
 from patchsight_serve.errors import DamagedFile, InvalidRequest, PatchsightError, StorageFull
-from patchsight_serve.gallery import Gallery
 from patchsight_serve.item import Identity, check_id, check_label, encode_metadata, parse_metadata
 from patchsight_serve.next_vectors import FACT
-from patchsight_serve.record import STEPS, VERSION, Row, declared, declared_by_us, rows_in
+from patchsight_serve.record import STEPS
+from patchsight_serve.record_file import VERSION, declared, declared_by_us
+from patchsight_serve.row import Row, rows_in
 from patchsight_serve.scratch import Scratch
 
 CHUNK = 1000  # rows at once
@@ -31,7 +33,7 @@ TABLES = ("facts", "images", "pictures")
 _SHA256 = re.compile(r"[0-9a-f]{64}|")
 
 
-def copy(gallery: Gallery, scratch: Scratch, left: threading.Event) -> BinaryIO:
+def copy(gallery: EmbeddedGallery, scratch: Scratch, left: threading.Event) -> BinaryIO:
     """What was committed when it began, as a file of its own, which is open and has no name any more. Reads and writes
     go on meanwhile. Ends with an error once `left` is set. Raises NotFound (removed meanwhile), StorageFull."""
     with scratch.folder() as folder:

@@ -5,17 +5,18 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import orjson
 
+from patchsight_serve.embedded_gallery import EmbeddedGallery
 from patchsight_serve.errors import Conflict, InvalidRequest
-from patchsight_serve.gallery import Gallery
 from patchsight_serve.item import Identity, NewVector, encode_metadata
 from patchsight_serve.nearest import F32
-from patchsight_serve.record import Record, Row
+from patchsight_serve.record import Record
+from patchsight_serve.row import Row
 
 SAME = 1e-4  # how far numbers of one image's vector may be apart: another batch moves their last digits
 
 
 def add_vectors(
-    gallery: Gallery, batches: Iterable[Sequence[NewVector]], encoder: Identity, replace: bool = False
+    gallery: EmbeddedGallery, batches: Iterable[Sequence[NewVector]], encoder: Identity, replace: bool = False
 ) -> dict[str, int]:
     """Durably once this returns. How many were `created`, `replaced` and `unchanged`.
 

@@ -1,62 +1,35 @@
-"""All galleries of a server: one folder each under `<state_dir>/galleries`, opened when first needed."""
+"""The galleries of a server, by name. Which of them exist, and where, is for those who keep them to say."""
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 
-from patchsight_serve.durable import sync
-from patchsight_serve.errors import Conflict, NotFound, PatchsightError, Superseded
+from patchsight_serve.embedded_gallery import EmbeddedGallery
+from patchsight_serve.errors import NotFound
 from patchsight_serve.gallery import Gallery
-from patchsight_serve.index import EXACT_LIMIT
-from patchsight_serve.item import check_gallery
-from patchsight_serve.record import Record
-from patchsight_serve.scratch import Scratch, told
+from patchsight_serve.scratch import Scratch
 
 DEFAULT = "default"
-FILE = "gallery.sqlite"
-TURNS = 64
 
 
-class Galleries:
-    """The galleries in a folder, by name. Every method may be called from any thread; opening a big gallery takes
-    seconds, and holds up nobody who uses another."""
+class Galleries(ABC):
+    """Every method may be called from any thread."""
 
-    def __init__(self, folder: Path, keep_originals: bool = True, exact_limit: int = EXACT_LIMIT) -> None:
-        self._folder = folder
-        self._keep_originals = keep_originals
-        self._exact_limit = exact_limit
-        self._open: dict[str, Gallery] = {}
-        # Who opens, exchanges or removes a gallery waits for his turn. Several names share one lock: names are many.
-        self._turns = [threading.RLock() for _ in range(TURNS)]
-        self.scratch = Scratch(folder / ".scratch")
+    scratch: Scratch
 
+    @abstractmethod
     def names(self) -> list[str]:
         """Names of the galleries that exist."""
-        return sorted(path.parent.name for path in self._folder.glob(f"*/{FILE}"))
 
+    @abstractmethod
     def exists(self, name: str) -> bool:
         """Whether there is a gallery of that name, even an empty one."""
-        return (self._folder / check_gallery(name) / FILE).is_file()
 
+    @abstractmethod
     def get(self, name: str, create: bool = False) -> Gallery:
         """The gallery of that name; the default one is always there. Raises NotFound, and what `Gallery` raises."""
-        if (gallery := self._open.get(name)) is not None:
-            return gallery
-        self._expect(name, create)
-        with self._turn(name):
-            if name not in self._open:
-                self._expect(name, create)  # it may have been removed meanwhile
-                self._open[name] = Gallery(self._folder / check_gallery(name), self._keep_originals, self._exact_limit)
-            return self._open[name]
 
-    def _expect(self, name: str, create: bool) -> None:
-        if not (create or name == DEFAULT or self.exists(name)):
-            raise NotFound(f"no gallery {name!r}; add an image to make it", param="gallery")
-
-    def _turn(self, name: str) -> AbstractContextManager[object]:
-        return self._turns[hash(name) % TURNS]
-
+    @abstractmethod
     def delete(self, name: str) -> None:
         """Remove a gallery for good; the default one is emptied, and takes images of any encoder. Requests that are at
         it get NotFound from now on.
@@ -64,25 +37,12 @@ class Galleries:
         A kill leaves all of it or nothing that could be asked for. Raises NotFound, Conflict where another process has
         it open, StorageFull where the default one cannot be exchanged.
         """
-        gone = NotFound(f"no gallery {name!r}: it was removed", param="gallery")
-        with self.scratch.folder() as folder:  # whose end takes the files along
-            if name == DEFAULT:
-                with self._turn(name):
-                    self._put(name, _emptied(self.get(name), folder / FILE), gone)
-                return
-            with self._turn(name):
-                self._expect(name, create=False)
-                self._end(name, gone)
-                with self._alone(name):
-                    (self._folder / name).rename(folder / name)
-                    sync(self._folder)
 
+    @abstractmethod
     def check_free(self, name: str, replace: bool = False) -> None:
         """Raises Conflict where a gallery of that name is in the way of another; an empty default one is not."""
-        if not self.exists(name) or replace or (name == DEFAULT and not len(self.get(name))):
-            return
-        raise Conflict(f"there is a gallery {name!r}; replace=true replaces it", param="gallery")
 
+    @abstractmethod
     def publish(self, name: str, file: Path, replace: bool = False) -> Gallery:
         """Make a record, a file in a folder of `scratch`, the gallery of that name. Requests that are at the old one
         get Superseded from now on.
@@ -90,78 +50,26 @@ class Galleries:
         A kill leaves the old gallery or the new one, whole. Raises as `check_free`; Conflict where another process has
         it open; what `Gallery` raises.
         """
-        with self._turn(name):
-            self.check_free(name, replace)
-            self._put(name, file, Superseded(f"gallery {name!r} was replaced meanwhile; ask again", param="gallery"))
-            return self.get(name)
 
-    def exchange(self, gallery: Gallery, make: Callable[[], Gallery | None]) -> bool:
+    @abstractmethod
+    def exchange(self, gallery: Gallery, make: Callable[[], EmbeddedGallery | None]) -> bool:
         """Have what `make` returns in the place of an open gallery, unless that is None. Whether it is."""
-        with self._turn(gallery.name):
-            heir = make()
-            if heir is not None:
-                self._open[gallery.name] = heir
-            return heir is not None
 
-    def _put(self, name: str, file: Path, error: PatchsightError) -> None:
-        """In the name's turn: the file into its place. Whoever holds the gallery of before gets the error."""
-        folder = self._folder / check_gallery(name)
-        with told(f"gallery {name!r}"):
-            sync(file)
-            folder.mkdir(parents=True, exist_ok=True)
-        self._end(name, error)
-        with self._alone(name):
-            for log in ("-wal", "-shm"):  # they would be taken for the new file's
-                (folder / f"{FILE}{log}").unlink(missing_ok=True)
-            file.replace(folder / FILE)
-            sync(folder)
-            sync(self._folder)
-
-    def _end(self, name: str, error: PatchsightError) -> None:
-        """In the name's turn: let go of the gallery, with all that was committed in its one file."""
-        gallery = self._open.pop(name, None)
-        if gallery is not None:
-            gallery.end(error)
-        elif self.exists(name):
-            try:
-                Record(self._folder / name / FILE).close()
-            except Conflict:
-                raise
-            except PatchsightError:
-                pass  # it cannot be read: there is nothing to keep
-
-    @contextmanager
-    def _alone(self, name: str) -> Iterator[None]:
-        """No other process opens the gallery during the block. Raises Conflict where one has it open."""
-        with closing(Record.lock_out_others(self._folder / name / "gallery.lock")):
-            yield
-
+    @abstractmethod
     def close(self) -> None:
-        """Let go of all files."""
-        with ExitStack() as stack:
-            for turn in self._turns:
-                stack.enter_context(turn)
-            while self._open:
-                self._open.popitem()[1].close()
-        self.scratch.close()
-
-
-def _emptied(gallery: Gallery, path: Path) -> Path:
-    """A record without images, at `path`. It is known to have held some: the sample photos stay away."""
-    record = Record(path)
-    with record.transaction():
-        if (encoder := gallery.fact("encoder")) is not None:
-            record.set_fact("encoder", encoder)
-    record.close()
-    return path
+        """Let go of all files and connections."""
 
 
 class NoGalleries(Galleries):
     """Of a server of several processes: a gallery is in the memory of one, and the others would give wrong answers."""
 
     def __init__(self, processes: int) -> None:
-        super().__init__(Path())
+        self.scratch = Scratch(Path(".scratch"))
         self._processes = processes
+
+    def names(self) -> list[str]:
+        """None."""
+        return []
 
     def exists(self, name: str) -> bool:
         """Raises NotFound."""
@@ -182,6 +90,13 @@ class NoGalleries(Galleries):
     def publish(self, name: str, file: Path, replace: bool = False) -> Gallery:  # noqa: ARG002
         """Raises NotFound."""
         raise self._none(name)
+
+    def exchange(self, gallery: Gallery, make: Callable[[], EmbeddedGallery | None]) -> bool:  # noqa: ARG002
+        """Raises NotFound."""
+        raise self._none(gallery.name)
+
+    def close(self) -> None:
+        """There is nothing to let go of."""
 
     def _none(self, name: str) -> NotFound:
         return NotFound(

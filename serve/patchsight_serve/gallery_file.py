@@ -17,12 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from patchsight_serve.dataset import class_names
+from patchsight_serve.embedded_gallery import EmbeddedGallery
 from patchsight_serve.embedding_file import ROW_GROUP, footer, made_by, matrix
 from patchsight_serve.errors import InvalidRequest, PatchsightError
-from patchsight_serve.gallery import Gallery
 from patchsight_serve.item import Identity, Item, NewVector, check_id, parse_metadata
 from patchsight_serve.nearest import F32, normalize
-from patchsight_serve.record import Row, rows_in
+from patchsight_serve.row import Row, rows_in
 from patchsight_serve.scratch import Scratch, told
 
 OUTPUT = "embedding"  # in place of `cls`, `mean` or `both`: the one that galleries hold, whichever that is
@@ -34,7 +34,9 @@ BODY = Path("the file")  # as errors name it
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def export(gallery: Gallery, scratch: Scratch, outputs: Mapping[Identity, str], left: threading.Event) -> BinaryIO:
+def export(
+    gallery: EmbeddedGallery, scratch: Scratch, outputs: Mapping[Identity, str], left: threading.Event
+) -> BinaryIO:
     """All sound rows as they were when it began, in the order in which they were added; a file that is open and has no
     name any more. One row group is in memory at a time.
 

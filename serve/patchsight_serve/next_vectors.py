@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 
+from patchsight_serve.embedded_gallery import EmbeddedGallery
 from patchsight_serve.errors import InvalidRequest, PatchsightError, Superseded
-from patchsight_serve.gallery import Gallery
 from patchsight_serve.item import Identity
 from patchsight_serve.nearest import F32
-from patchsight_serve.record import Record, Row, digest, row_checksum
+from patchsight_serve.record import Record
+from patchsight_serve.row import Row, digest, row_checksum
 
 FACT = "next_encoder"  # in the record: whose vectors wait there
 CHUNK = 4096  # rows at once
@@ -28,7 +29,7 @@ class NextVectors:
     """Of one gallery. Every method may be called from any thread; a kill leaves the gallery as it was, and the vectors
     that are there already."""
 
-    def __init__(self, gallery: Gallery, encoder: Identity) -> None:
+    def __init__(self, gallery: EmbeddedGallery, encoder: Identity) -> None:
         """Begin, or go on where another has stopped. Raises what `Gallery` raises."""
         self._gallery, self._encoder = gallery, encoder
         with gallery.writing() as record, record.transaction():
@@ -67,7 +68,7 @@ class NextVectors:
                 data = vector.astype("<f4").tobytes()
                 record.execute(query, (data, digest(data), key))
 
-    def take_over(self) -> Gallery | None:
+    def take_over(self) -> EmbeddedGallery | None:
         """The gallery with these vectors, if all are there; else None. Whoever holds the gallery of before gets
         Superseded from now on. Readers wait for nothing, writers until it is done.
 
@@ -129,7 +130,7 @@ class NextVectors:
             after = found[-1][0]
 
 
-def without_original(gallery: Gallery) -> int:
+def without_original(gallery: EmbeddedGallery) -> int:
     """How many images no other encoder could look at."""
     query = "SELECT count(*) FROM images LEFT JOIN pictures USING (key) WHERE original IS NULL"
     ((count,),) = gallery.record.read(query)

@@ -6,66 +6,23 @@ one is noticed. Pictures lie in their own table, which keeps reading all vectors
 """
 
 import errno
-import hashlib
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from patchsight_serve.errors import Conflict, PatchsightError, StorageFull
+from patchsight_serve.errors import PatchsightError, StorageFull
 from patchsight_serve.long_reads import LongReads
 from patchsight_serve.nearest import I64
+from patchsight_serve.record_file import SCHEMA, VERSION, connect, lock_out_others
+from patchsight_serve.row import COLUMNS, Row, digest, row_checksum, to_row
 
-VERSION = 1
-_SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS images (
-    key INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, label TEXT, metadata TEXT NOT NULL,
-    sha256 TEXT NOT NULL, vector BLOB NOT NULL, checksum BLOB NOT NULL);
-CREATE INDEX IF NOT EXISTS images_by_label ON images (label) WHERE label IS NOT NULL;
-CREATE TABLE IF NOT EXISTS pictures (
-    key INTEGER PRIMARY KEY REFERENCES images ON DELETE CASCADE,
-    thumbnail BLOB NOT NULL, checksum BLOB NOT NULL, original BLOB);
-CREATE TABLE IF NOT EXISTS next_vectors (
-    key INTEGER PRIMARY KEY REFERENCES images ON DELETE CASCADE, vector BLOB NOT NULL, checksum BLOB NOT NULL);
-PRAGMA user_version = {VERSION};
-"""
-_COLUMNS = "key, id, label, metadata, sha256, vector, checksum"
 _CHUNK = 500  # values per query: SQLite takes 999 variables in old builds
 STEPS = 10_000  # of SQLite between two looks whether a long read is still wanted: a millisecond or less
-
-
-@dataclass(frozen=True)
-class Row:
-    """One image. metadata: JSON text. sha256: of the encoded image. vector: float32 bytes, a unit vector."""
-
-    key: int
-    id: str
-    label: str | None
-    metadata: str
-    sha256: str
-    vector: bytes
-    checksum: bytes
-
-    @property
-    def intact(self) -> bool:
-        """Whether the row is what was once written."""
-        return self.checksum == row_checksum(self.id, self.label, self.metadata, self.sha256, self.vector)
-
-
-def row_checksum(id: str, label: str | None, metadata: str, sha256: str, vector: bytes) -> bytes:
-    """16 bytes that change with any byte of the row."""
-    return digest(repr((id, label, metadata, sha256)).encode() + bytes(vector))
-
-
-def digest(data: bytes) -> bytes:
-    """16 bytes that change with any byte of the data."""
-    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 class Record:
@@ -79,42 +36,20 @@ class Record:
         self._long_reads = LongReads()
         with self._explained():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = self.lock_out_others(path.with_suffix(".lock"))
+            self._lock = lock_out_others(path.with_suffix(".lock"))
             try:
-                self._writer = self._connect()
+                self._writer = connect(self.path)
                 version = self._writer.execute("PRAGMA user_version").fetchone()[0]
                 if version not in (0, VERSION):
                     raise PatchsightError(
                         f"{path}: written by a newer patchsight (format {version}, we read {VERSION})"
                     )
-                self._writer.executescript(_SCHEMA)
-                self._reader = self._connect()
+                self._writer.executescript(SCHEMA)
+                self._reader = connect(self.path)
             except BaseException:
                 self._lock.close()
                 raise
         self._reading = threading.Lock()
-
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
-        # A flipped bit may leave invalid UTF-8: that is for the checksum to report, not for the driver to fail on.
-        connection.text_factory = lambda raw: raw.decode(errors="replace")
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA foreign_keys = ON")
-        return connection
-
-    @staticmethod
-    def lock_out_others(path: Path) -> sqlite3.Connection:
-        """SQLite's own file lock, on a file beside: it works on every system, and ends with the process."""
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0)
-        try:
-            connection.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError as error:
-            connection.close()
-            if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
-                raise Conflict(f"gallery {path.parent.name!r} is open in another process") from None
-            raise
-        return connection
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -177,13 +112,13 @@ class Record:
 
     def find(self, ids: Sequence[str]) -> dict[str, Row]:
         """The rows, damaged ones too, of those ids that are there."""
-        return {row.id: row for row in map(_row, self._find("id", ids))}
+        return {row.id: row for row in map(to_row, self._find("id", ids))}
 
     def rows(self, keys: Sequence[int]) -> dict[int, Row]:
         """The rows of those keys that are there."""
-        return {row.key: row for row in map(_row, self._find("key", keys))}
+        return {row.key: row for row in map(to_row, self._find("key", keys))}
 
-    def _find(self, column: str, values: Sequence[str | int], wanted: str = _COLUMNS) -> Iterator[tuple]:  # type: ignore[type-arg]
+    def _find(self, column: str, values: Sequence[str | int], wanted: str = COLUMNS) -> Iterator[tuple]:  # type: ignore[type-arg]
         for start in range(0, len(values), _CHUNK):
             some = values[start : start + _CHUNK]
             marks = ",".join("?" * len(some))
@@ -191,13 +126,13 @@ class Record:
 
     def page(self, after: str, limit: int) -> list[Row]:
         """Up to `limit` rows in the order of their ids, those behind the id `after`."""
-        query = f"SELECT {_COLUMNS} FROM images WHERE id > ? ORDER BY id LIMIT ?"
-        return [_row(values) for values in self.read(query, (after, limit))]
+        query = f"SELECT {COLUMNS} FROM images WHERE id > ? ORDER BY id LIMIT ?"
+        return [to_row(values) for values in self.read(query, (after, limit))]
 
     def scan(self, chunk: int = 10_000) -> Iterator[list[Row]]:
         """All rows in the order of their keys, in chunks."""
-        for found in self._scan(_COLUMNS, "TRUE", chunk):
-            yield [_row(values) for values in found]
+        for found in self._scan(COLUMNS, "TRUE", chunk):
+            yield [to_row(values) for values in found]
 
     def _scan(self, wanted: str, where: str, chunk: int) -> Iterator[list[tuple]]:  # type: ignore[type-arg]
         """wanted: columns, the key first."""
@@ -251,7 +186,7 @@ class Record:
     def insert_bare(self, id: str, label: str | None, metadata: str, sha256: str, vector: bytes) -> int:
         """As `insert`, of an image whose picture is not here; sha256 may be empty then."""
         values = (id, label, metadata, sha256, vector, row_checksum(id, label, metadata, sha256, vector))
-        columns = _COLUMNS.removeprefix("key, ")
+        columns = COLUMNS.removeprefix("key, ")
         key = self._writer.execute(f"INSERT INTO images ({columns}) VALUES (?, ?, ?, ?, ?, ?)", values).lastrowid
         assert key is not None
         return key
@@ -263,7 +198,7 @@ class Record:
         with self._explained(), self._long_reads.one():
             if self._long_reads.ended:
                 raise sqlite3.ProgrammingError("the record is closed")
-            connection = self._connect()
+            connection = connect(self.path)
             try:
                 connection.set_progress_handler(lambda: left.is_set() or self._long_reads.ended, STEPS)
                 yield connection
@@ -286,26 +221,3 @@ class Record:
     def retire(self, error: PatchsightError | None) -> None:
         """As `end`, and leave the file to the heir. None takes it back."""
         self._ended = error
-
-
-def _row(values: tuple) -> Row:  # type: ignore[type-arg]
-    return Row(*values)
-
-
-def rows_in(connection: sqlite3.Connection, chunk: int) -> Iterator[list[Row]]:
-    """All rows in the order of their keys, as they were at one moment; in chunks, and without a long list of any."""
-    cursor = connection.execute(f"SELECT {_COLUMNS} FROM images ORDER BY key")
-    while found := cursor.fetchmany(chunk):
-        yield [_row(values) for values in found]
-
-
-def declared(connection: sqlite3.Connection) -> dict[tuple[str, str], str | None]:
-    """What is in a file, tables, indexes and all else, by kind and name: the SQL that made it."""
-    return {(kind, name): sql for kind, name, sql in connection.execute("SELECT type, name, sql FROM sqlite_master")}
-
-
-def declared_by_us() -> dict[tuple[str, str], str | None]:
-    """What is in the file of a record."""
-    with closing(sqlite3.connect(":memory:")) as empty:
-        empty.executescript(_SCHEMA)
-        return declared(empty)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from patchsight_serve.collection import Galleries
+from patchsight_serve.embedded_gallery import EmbeddedGallery, on_disk
 from patchsight_serve.errors import Conflict, DeadlineExceeded, InvalidRequest, NotReady, Overloaded, PatchsightError
 from patchsight_serve.gallery import Gallery
 from patchsight_serve.item import Identity
@@ -28,7 +29,7 @@ LISTED = 100  # failures that are told
 class Progress:
     """How far one is. failed: id and error of each image that could not be embedded; error: why all of it stopped."""
 
-    gallery: Gallery
+    gallery: EmbeddedGallery
     encoder: Identity
     done: int
     total: int
@@ -57,12 +58,13 @@ class Reembeddings:
         found = self._progress.get(gallery.name)
         return found.described() if found and found.gallery is gallery else None
 
-    async def begin(self, gallery: Gallery, encoder: str) -> dict[str, Any]:
+    async def begin(self, asked: Gallery, encoder: str) -> dict[str, Any]:
         """Begin, or go on where one for the same encoder was stopped. One that is at work goes on.
 
         Raises NotFound (encoder), Conflict: another one is at work; the gallery is empty, or of that encoder already;
-        originals were not kept.
+        originals were not kept; it has no file.
         """
+        gallery = on_disk(asked)
         loaded, name = self._service.encoder(encoder), gallery.name
         missing = await asyncio.to_thread(without_original, gallery)
         if name in self._tasks:
@@ -93,7 +95,7 @@ class Reembeddings:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _run(self, gallery: Gallery, encoder: Identity, progress: Progress) -> None:
+    async def _run(self, gallery: EmbeddedGallery, encoder: Identity, progress: Progress) -> None:
         try:
             vectors = await asyncio.to_thread(NextVectors, gallery, encoder)
             while True:
@@ -114,7 +116,7 @@ class Reembeddings:
         finally:
             gallery.busy = False
 
-    async def _catch_up(self, gallery: Gallery, vectors: NextVectors, progress: Progress) -> None:
+    async def _catch_up(self, gallery: EmbeddedGallery, vectors: NextVectors, progress: Progress) -> None:
         """All that there is to do now, and what comes meanwhile."""
         after = 0
         limit = min(BATCH, self._service.settings.max_images)

@@ -13,12 +13,12 @@ import pytest
 from starlette.testclient import TestClient
 
 from patchsight_serve import backup
-from patchsight_serve.collection import Galleries
+from patchsight_serve.embedded_galleries import EmbeddedGalleries as Galleries
 from patchsight_serve.errors import PatchsightError
 from patchsight_serve.fake_encoder import FakeEncoder
 from patchsight_serve.item import Identity, Item, NewImage
 from patchsight_serve.nearest import normalize
-from patchsight_serve.record import row_checksum
+from patchsight_serve.row import row_checksum
 
 ENCODER = Identity("vit", "a" * 64)
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from patchsight_serve.bulk_add import add_vectors
-from patchsight_serve.collection import DEFAULT, Galleries, NoGalleries
+from patchsight_serve.collection import DEFAULT, NoGalleries
+from patchsight_serve.embedded_galleries import EmbeddedGalleries as Galleries
+from patchsight_serve.embedded_gallery import EmbeddedGallery as Gallery
 from patchsight_serve.errors import Conflict, NotFound, PatchsightError, Superseded
-from patchsight_serve.gallery import Gallery
 from patchsight_serve.item import Identity, Item, NewImage
 from patchsight_serve.nearest import normalize
 
@@ -192,7 +193,7 @@ KILLED = """
     import os, shutil, signal, sys
     from pathlib import Path
     from patchsight_serve import collection, scratch
-    from patchsight_serve.collection import Galleries
+    from patchsight_serve.embedded_galleries import EmbeddedGalleries as Galleries
     folder, what, where = sys.argv[1:]
     galleries = Galleries(Path(folder))
     file = galleries.scratch.make() / "gallery.sqlite"

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from patchsight_serve.embedded_gallery import EmbeddedGallery as Gallery
 from patchsight_serve.errors import Conflict, InvalidRequest, NotFound, PatchsightError, StorageFull
 from patchsight_serve.filters import Filter
-from patchsight_serve.gallery import Gallery
 from patchsight_serve.item import Identity, Item, NewImage
 from patchsight_serve.nearest import normalize
 
@@ -357,7 +357,7 @@ ADDS_FOR_EVER = """
     import sys
     from pathlib import Path
     import numpy as np
-    from patchsight_serve.gallery import Gallery
+    from patchsight_serve.embedded_gallery import EmbeddedGallery as Gallery
     from patchsight_serve.item import Identity, Item, NewImage
     from patchsight_serve.nearest import normalize
     gallery, i = Gallery(Path(sys.argv[1])), int(sys.argv[2])
@@ -460,7 +460,7 @@ def test_a_full_disk_is_said_and_changes_nothing(gallery: Gallery) -> None:
 
 
 def test_a_second_process_is_locked_out(gallery: Gallery) -> None:
-    code = "import sys, pathlib, patchsight_serve.gallery as g; g.Gallery(pathlib.Path(sys.argv[1]))"
+    code = "import sys, pathlib, patchsight_serve.embedded_gallery as g; g.EmbeddedGallery(pathlib.Path(sys.argv[1]))"
     folder = str(gallery._record.path.parent)
     second = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=False)
     assert "Conflict: gallery 'default' is open in another process" in second.stderr

@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from patchsight_serve import embed, gallery_file
 from patchsight_serve.bulk_add import add_vectors
-from patchsight_serve.collection import Galleries
+from patchsight_serve.embedded_galleries import EmbeddedGalleries as Galleries
 from patchsight_serve.embedding_file import read_embeddings, written
 from patchsight_serve.errors import Conflict, InvalidRequest, StorageFull
 from patchsight_serve.fake_encoder import FakeEncoder

@@ -14,7 +14,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from patchsight_serve import reembedding
-from patchsight_serve.collection import Galleries
+from patchsight_serve.embedded_galleries import EmbeddedGalleries as Galleries
 from patchsight_serve.errors import NotFound, Overloaded, StorageFull, Superseded
 from patchsight_serve.fake_encoder import FakeEncoder
 from patchsight_serve.item import Identity, Item, NewImage
@@ -446,7 +446,7 @@ KILLED = """
     import os, signal, sys
     from pathlib import Path
     import numpy as np
-    from patchsight_serve.collection import Galleries
+    from patchsight_serve.embedded_galleries import EmbeddedGalleries as Galleries
     from patchsight_serve.item import Identity
     from patchsight_serve.next_vectors import NextVectors
     from patchsight_serve.record import Record

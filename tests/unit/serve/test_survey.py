@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from patchsight_serve.embedded_gallery import EmbeddedGallery as Gallery
 from patchsight_serve.errors import NotReady, Overloaded
-from patchsight_serve.gallery import Gallery
 from patchsight_serve.item import Identity, Item, NewImage
 from patchsight_serve.nearest import normalize
 from patchsight_serve.survey import KEPT, WAITING, Surveys
