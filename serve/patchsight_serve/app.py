@@ -29,7 +29,7 @@ from patchsight_serve import (
 )
 from patchsight_serve.auth import BearerAuth
 from patchsight_serve.bodies import BodyLimits
-from patchsight_serve.collection import NoGalleries
+from patchsight_serve.collection import Galleries, NoGalleries
 from patchsight_serve.decode import Limits
 from patchsight_serve.decoders import Decoders
 from patchsight_serve.embedded_galleries import EmbeddedGalleries
@@ -67,7 +67,7 @@ def create_app(
 
     source: where a reload looks for encoders; without one there is none.
 
-    Raises BundleError if `settings.encoder` is not among them.
+    Raises BundleError if `settings.encoder` is not among them, PatchsightError where `settings.gallery` is no Milvus.
     """
     if settings.encoder is not None and settings.encoder not in encoders:
         raise BundleError(f"--encoder {settings.encoder!r} is not among the loaded: {', '.join(encoders)}")
@@ -95,11 +95,7 @@ def create_app(
     )
     app.state.service = service
     app.state.reloader = Reloader(service, source)
-    app.state.galleries = (
-        EmbeddedGalleries(settings.state_dir / "galleries", settings.keep_originals, settings.exact_limit)
-        if settings.processes == 1
-        else NoGalleries(settings.processes)
-    )
+    app.state.galleries = _galleries(settings)
     app.state.surveys = Surveys()
     app.state.long_work = LongWork()
     app.state.reembeddings = Reembeddings(service, app.state.galleries, app.state.long_work)
@@ -133,6 +129,19 @@ def _middleware_for_pages(settings: ServeSettings) -> list[Middleware]:
     if not settings.keys:
         layers.append(Middleware(origin.OwnPages, origins=settings.origins, loopback=is_loopback(settings.host)))
     return layers
+
+
+def _galleries(settings: ServeSettings) -> Galleries:
+    folder = settings.state_dir / "galleries"
+    if settings.milvus is not None:
+        try:
+            from patchsight_serve.milvus_galleries import MilvusGalleries  # pymilvus takes seconds to load
+        except ModuleNotFoundError as error:
+            raise PatchsightError(f"--gallery needs pip install 'patchsight[milvus]': {error}") from None
+        return MilvusGalleries(*settings.milvus, settings.gallery_token.get_secret_value(), folder / ".scratch")
+    if settings.processes == 1:
+        return EmbeddedGalleries(folder, settings.keep_originals, settings.exact_limit)
+    return NoGalleries(settings.processes)
 
 
 def _service(encoders: Mapping[str, Encoder | RemoteEncoder], settings: ServeSettings) -> Service:

@@ -101,6 +101,6 @@ class NoGalleries(Galleries):
     def _none(self, name: str) -> NotFound:
         return NotFound(
             f"gallery {name!r}: there are no galleries on a server of {self._processes} processes; start it with "
-            "--processes 1",
+            "--processes 1, or with a Milvus server as --gallery",
             param="gallery",
         )

@@ -216,4 +216,4 @@ def on_disk(gallery: Gallery) -> EmbeddedGallery:
     """The gallery itself, for what only one in a file of its own can do. Raises Conflict."""
     if isinstance(gallery, EmbeddedGallery):
         return gallery
-    raise Conflict(f"gallery {gallery.name!r} has no file of its own", param="gallery")
+    raise Conflict(f"gallery {gallery.name!r} is not in a file of this server, which this needs", param="gallery")

@@ -1,4 +1,4 @@
-"""Which images may be found: a filter over metadata, as conditions that SQLite evaluates. Knows no HTTP.
+"""Which images may be found: a filter over metadata, as conditions, and as SQLite evaluates them. Knows no HTTP.
 
     {"camera": "x100", "place.city": "Rome", "year": {"gte": 2010, "lt": 2020}}
 
@@ -38,9 +38,18 @@ class _Sql(NamedTuple):
     values: list[str]
 
 
+class Condition(NamedTuple):
+    """One that must hold of what is at the end of `steps`, keys of the metadata from the outermost; without steps, of
+    the label. operator: one of `OPERATORS`, `in` for equality too."""
+
+    steps: tuple[str, ...]
+    operator: str
+    operand: Any
+
+
 @dataclass(frozen=True)
 class Filter:
-    """A condition in SQL over the table `images`, and the values of its question marks.
+    """A condition in SQL over the table `images`, and the values of its question marks; and what it is made of.
 
     `of` and `parse` make it of an object, all of which must hold. A key is one of the metadata's; `a.b` is `b`
     inside of the object `a`; a dot or a backslash that belongs to a key has a backslash before it. Under a key there is
@@ -58,6 +67,7 @@ class Filter:
 
     where: str
     values: tuple[str, ...]
+    conditions: tuple[Condition, ...]
 
     @classmethod
     def parse(cls, text: str | bytes) -> "Filter":
@@ -75,19 +85,22 @@ class Filter:
         said = [condition for key, value in content.items() for condition in _read(key, value)]
         if len(said) > MAX_CONDITIONS:
             raise _wrong(f"has {len(said)} conditions, the limit is {MAX_CONDITIONS}")
-        conditions = [_condition(_steps(key), operator, value) for key, operator, value in said]
-        where = " AND ".join(condition.text for condition in conditions) or "1"
-        return cls(where, tuple(value for condition in conditions for value in condition.values))
+        conditions = tuple(Condition(tuple(_steps(key)), operator, value) for key, operator, value in said)
+        parts = [_condition(*condition) for condition in conditions]
+        where = " AND ".join(part.text for part in parts) or "1"
+        return cls(where, tuple(value for part in parts for value in part.values), conditions)
 
     @classmethod
     def labels(cls, labels: Collection[str]) -> "Filter":
         """Images that have one of these labels. Raises InvalidRequest where there are too many."""
         if len(labels) > MAX_LABELS:
             raise InvalidRequest(f"{len(labels):,} labels to choose from, the limit is {MAX_LABELS}", param="label")
-        return cls(f"images.label IN ({', '.join('?' * len(labels))})", tuple(labels))
+        chosen = (Condition((), "in", list(labels)),)
+        return cls(f"images.label IN ({', '.join('?' * len(labels))})", tuple(labels), chosen)
 
     def __and__(self, other: "Filter") -> "Filter":
-        return Filter(f"({self.where}) AND ({other.where})", self.values + other.values)
+        where = f"({self.where}) AND ({other.where})"
+        return Filter(where, self.values + other.values, self.conditions + other.conditions)
 
 
 def _read(key: str, value: Any) -> list[tuple[str, str, Any]]:

@@ -89,9 +89,14 @@ class Changes(TypedDict, total=False):
     metadata: dict[str, Any]
 
 
+def is_id(id: str) -> bool:
+    """Whether an image may be called so."""
+    return isinstance(id, str) and bool(_ID.fullmatch(id)) and id not in (".", "..")
+
+
 def check_id(id: str) -> str:
     """The id itself. Raises InvalidRequest."""
-    if not isinstance(id, str) or not _ID.fullmatch(id) or id in (".", ".."):
+    if not is_id(id):
         raise InvalidRequest(f"id {_short(id)} does not match [A-Za-z0-9._-]{{1,128}}", param="id")
     return id
 

@@ -14,8 +14,10 @@ from patchsight_serve.config import CommandSettings
 from patchsight_serve.manifest import default_repository
 
 MEBIBYTE = 1024 * 1024
+PREFIX = "patchsight"  # of the names of collections
 Positive = Annotated[int, Field(gt=0)]
 GRPC = re.compile(r"grpcs?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):\d{1,5}")
+MILVUS = re.compile(r"milvus(s?)://((?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):\d{1,5})(?:/([A-Za-z][A-Za-z0-9]{0,62}))?/?")
 ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:\d{1,5})?")
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -30,7 +32,7 @@ class ServeSettings(CommandSettings):
     processes: Positive = Field(
         1,
         description="processes that listen on the port, each with its own copy of the encoders unless Triton has them, "
-        "and with its own limits; more than 1 serve no galleries",
+        "and with its own limits; more than 1 serve no galleries unless a Milvus server has them",
     )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     model_repository: Path = Field(
@@ -39,6 +41,12 @@ class ServeSettings(CommandSettings):
     state_dir: Path = Field(
         Path("state"), description="folder that holds the galleries, and what trials of engines found"
     )
+    gallery: str | None = Field(
+        None,
+        description="where the galleries are: milvus://HOST:PORT/NAME, milvuss:// for TLS, NAME begins the names of "
+        "their collections; or the path of a file NAME.db, for milvus-lite (default: in the state_dir, without a server)",
+    )
+    gallery_token: SecretStr = Field(SecretStr(""), description="USER:PASSWORD, or the API key, of that Milvus")
     keep_originals: bool = Field(True, description="keep the encoded images in the galleries, for later encoders")
     exact_limit: Positive = Field(
         200_000,
@@ -160,6 +168,29 @@ class ServeSettings(CommandSettings):
         if value is not None and not GRPC.fullmatch(value):
             raise ValueError("not the address of Triton's gRPC interface; write grpc://HOST:PORT, or grpcs:// for TLS")
         return value
+
+    @field_validator("gallery")
+    @classmethod
+    def _gallery_address(cls, value: str | None) -> str | None:
+        if value is None or MILVUS.fullmatch(value) or (value.endswith(".db") and "://" not in value):
+            return value
+        if "@" in value:
+            raise ValueError("no place for a password: put USER:PASSWORD into PATCHSIGHT_GALLERY_TOKEN")
+        raise ValueError("write milvus://HOST:PORT/NAME, NAME of letters and digits, or the path of a file NAME.db")
+
+    @model_validator(mode="after")
+    def _gallery_is_shared(self) -> Self:
+        if self.gallery is not None and self.processes > 1 and not MILVUS.fullmatch(self.gallery):
+            raise ValueError(f"a file of milvus-lite is for one process, not for {self.processes}; that takes a server")
+        return self
+
+    @property
+    def milvus(self) -> tuple[str, str] | None:
+        """Where the galleries are, if not in the state folder: what pymilvus calls the URI, and the prefix of names."""
+        if self.gallery is None:
+            return None
+        found = MILVUS.fullmatch(self.gallery)
+        return (f"http{found[1]}://{found[2]}", found[3] or PREFIX) if found else (self.gallery, PREFIX)
 
     @property
     def batch(self) -> int:

@@ -2,10 +2,11 @@
 
 import io
 import json
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -19,6 +20,9 @@ from patchsight_serve.encoder import Encoder
 from patchsight_serve.fake_encoder import FakeEncoder
 from patchsight_serve.manifest import METADATA_KEY, Manifest, Transform, sha256_of
 from patchsight_serve.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from patchsight_serve.milvus_galleries import MilvusGalleries
 
 
 @pytest.fixture(scope="session")
@@ -230,6 +234,28 @@ def mean_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tmp_path_factory.mktemp("model_repository") / "resnet", patch_size=None, num_heads=None, prefix_tokens=0,
         recommended="mean", architecture="tiny ResNet",
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def milvus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one milvus-lite for all tests, which takes seconds to start; each test has names of its own in it."""
+    return tmp_path_factory.mktemp("milvus") / "lite.db"
+
+
+@pytest.fixture
+def on_milvus(milvus_file: Path, tmp_path: Path) -> Iterator[Callable[[], "MilvusGalleries"]]:
+    """`on_milvus()`: all galleries of this test, anew for each call as if another gateway had opened them."""
+    prefix, opened = f"t{secrets.token_hex(4)}", []
+
+    def open_galleries() -> "MilvusGalleries":
+        from patchsight_serve.milvus_galleries import MilvusGalleries
+
+        opened.append(MilvusGalleries(str(milvus_file), prefix, "", tmp_path / "scratch"))
+        return opened[-1]
+
+    yield open_galleries
+    for galleries in opened:
+        galleries.close()
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,11 +34,32 @@ def new(id: str, vector: np.ndarray, data: bytes | None = None, label: str | Non
     )
 
 
+@pytest.fixture(params=["embedded", "milvus"])
+def open_gallery(request: pytest.FixtureRequest, tmp_path: Path):
+    """`open_gallery(name)`: of either kind; again, as after a restart."""
+    opened: list[Any] = []
+
+    def embedded(name: str) -> Gallery:
+        if opened:
+            opened.pop().close()
+        opened.append(Gallery(tmp_path / name, keep_originals=False))
+        return opened[-1]
+
+    if request.param == "milvus":
+        on_milvus = request.getfixturevalue("on_milvus")
+        yield lambda name: on_milvus().get(name, create=True)
+    else:
+        yield embedded
+    for gallery in opened:
+        gallery.close()
+
+
 @pytest.fixture
-def gallery(tmp_path: Path):
-    opened = Gallery(tmp_path / "default")
-    yield opened
-    opened.close()
+def gallery(open_gallery):
+    return open_gallery("default")
+
+
+embedded_alone = pytest.mark.parametrize("open_gallery", ["embedded"], indirect=True)
 
 
 def ids(gallery: Gallery) -> list[str]:
@@ -127,11 +149,13 @@ def test_filters_come_before_the_search(gallery: Gallery) -> None:
     assert gallery.neighbors(query, 10, filter=Filter.of({"year": 1900})) == []
 
 
+@embedded_alone
 def test_labels_are_looked_up_in_their_index(gallery: Gallery) -> None:
     plan = gallery._record.read("EXPLAIN QUERY PLAN SELECT key FROM images WHERE images.label IN (?, ?)", ("a", "b"))
     assert any("images_by_label" in step[-1] for step in plan)
 
 
+@embedded_alone
 def test_a_filter_holds_up_nobody_who_wants_an_image(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
     """While SQLite is in the middle of a filter over all rows."""
     gallery.add([new(f"i{i}", v, n=i) for i, v in enumerate(unit_vectors(3))], ENCODER)
@@ -309,19 +333,17 @@ def test_patch_delete_page_and_thumbnail(gallery: Gallery) -> None:
     assert "i5" not in {n.id for n in gallery.neighbors(unit_vectors(9)[5], 100)}
 
 
-def test_a_reopened_gallery_is_the_same(tmp_path: Path) -> None:
+def test_a_reopened_gallery_is_the_same(open_gallery) -> None:
     vectors = unit_vectors(30)
-    gallery = Gallery(tmp_path / "g")
+    gallery = open_gallery("g")
     gallery.add([new(f"i{i:02d}", v, label="ab"[i % 2], n=i) for i, v in enumerate(vectors)], ENCODER)
     gallery.delete("i11")
     gallery.patch("i12", {"label": "c"})
     gallery.add([new("i13", vectors[0], b"other")], ENCODER, replace=True)
     before = gallery.page(), gallery.neighbors(vectors[3], 30), gallery.neighbors(vectors[3], 3, label="a")
-    gallery.close()
-    gallery = Gallery(tmp_path / "g")
+    gallery = open_gallery("g")
     assert (gallery.page(), gallery.neighbors(vectors[3], 30), gallery.neighbors(vectors[3], 3, label="a")) == before
     assert gallery.encoder == ENCODER
-    gallery.close()
 
 
 def test_originals_are_kept_or_not(tmp_path: Path) -> None:
@@ -445,6 +467,7 @@ def test_the_checksum_covers_every_column(tmp_path: Path, column: str) -> None:
     gallery.close()
 
 
+@embedded_alone
 def test_a_full_disk_is_said_and_changes_nothing(gallery: Gallery) -> None:
     vectors = unit_vectors(3)
     gallery.add([new("x", vectors[0])], ENCODER)
@@ -459,6 +482,7 @@ def test_a_full_disk_is_said_and_changes_nothing(gallery: Gallery) -> None:
     assert gallery.add([new("y", vectors[1])], ENCODER) == [True]
 
 
+@embedded_alone
 def test_a_second_process_is_locked_out(gallery: Gallery) -> None:
     code = "import sys, pathlib, patchsight_serve.embedded_gallery as g; g.EmbeddedGallery(pathlib.Path(sys.argv[1]))"
     folder = str(gallery._record.path.parent)
@@ -475,6 +499,7 @@ def test_a_file_that_is_no_gallery_is_an_error_of_ours(tmp_path: Path) -> None:
     Gallery(tmp_path / "g").close()  # the lock was let go
 
 
+@embedded_alone
 def test_readers_do_not_wait_for_a_writer_at_the_disk(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that hangs in the middle of its transaction holds up nobody, and shows nobody what is not committed."""
     vectors = unit_vectors(3)
@@ -560,6 +585,7 @@ def test_an_item_outside_the_limits_cannot_be_made(item, message: str) -> None:
     Item("A.z_0-9" * 18, "l" * 256, {"m": "x" * (16_384 - 8)})
 
 
+@embedded_alone
 def test_a_snapshot_is_all_vectors_by_key(gallery: Gallery) -> None:
     keys, nothing = gallery.snapshot()
     assert (keys.tolist(), nothing.shape, gallery.keys().tolist()) == ([], (0, 0), [])
@@ -586,6 +612,7 @@ def test_a_snapshot_is_all_vectors_by_key(gallery: Gallery) -> None:
     assert labels == [("i100", "y"), ("i200", "x")]
 
 
+@embedded_alone
 def test_a_snapshot_beside_a_writer_has_what_was_there_all_the_time(gallery: Gallery) -> None:
     """With vectors that belong to their keys, whatever moved in between."""
     vectors = unit_vectors(400)
@@ -613,6 +640,7 @@ def test_a_snapshot_beside_a_writer_has_what_was_there_all_the_time(gallery: Gal
     writer.join()
 
 
+@embedded_alone
 def test_a_snapshot_of_a_gallery_that_is_begun_anew_meanwhile(gallery: Gallery, monkeypatch) -> None:
     gallery.add([new(f"i{i}", v) for i, v in enumerate(unit_vectors(10))], ENCODER)
     locked, index = gallery._index._lock.shared, gallery._index

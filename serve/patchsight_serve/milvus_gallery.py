@@ -1,0 +1,233 @@
+"""A gallery on Milvus. It keeps nothing here but what never changes: any number of gateways may have the same one open,
+and each finds what another was told is stored.
+"""
+
+import base64
+import hashlib
+import re
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import orjson
+
+from patchsight_serve.errors import InvalidRequest, NotFound, PatchsightError
+from patchsight_serve.filters import Filter
+from patchsight_serve.gallery import Gallery, checked_query, chosen_by, other_bytes, unknown
+from patchsight_serve.index import IndexState
+from patchsight_serve.item import (
+    Changes,
+    Identity,
+    Image,
+    Neighbor,
+    NewImage,
+    check_id,
+    check_label,
+    encode_metadata,
+    is_id,
+)
+from patchsight_serve.milvus_binding import Binding
+from patchsight_serve.milvus_collection import ALL, DESCRIPTION, encoded, new_key, to_image, to_row
+from patchsight_serve.milvus_connection import Fields
+from patchsight_serve.milvus_filter import expression
+from patchsight_serve.milvus_search import search
+from patchsight_serve.nearest import F32, I64
+
+
+class MilvusGallery(Gallery):
+    """One that need not exist yet: its first image makes it. Originals are not kept."""
+
+    def __init__(self, binding: Binding, name: str) -> None:
+        self.name, self.busy = name, False
+        self.damaged = []  # Milvus has checksums of its own
+        self._binding = binding
+        self._writing = threading.Lock()  # one writer at a time, of this process
+
+    def __len__(self) -> int:
+        return self._binding.count()
+
+    @property
+    def ended(self) -> bool:
+        """Nobody gets an answer from it any more."""
+        return self._binding.ended is not None
+
+    @property
+    def index(self) -> IndexState:
+        return IndexState("flat", None, None, None, False)
+
+    @property
+    def encoder(self) -> Identity | None:
+        bound = self._binding.bound()
+        return bound.encoder if bound else None
+
+    @property
+    def dim(self) -> int | None:
+        bound = self._binding.bound()
+        return bound.dim if bound else None
+
+    def holds(self, items: Sequence[tuple[str, str]]) -> list[bool]:
+        known = self._find([id for id, _ in items], ("id", "sha256"))
+        return [id in known and known[id]["sha256"] == sha256 for id, sha256 in items]
+
+    def add(
+        self, images: Sequence[NewImage], encoder: Identity, replace: bool = False, facts: dict[str, str] | None = None
+    ) -> list[bool | PatchsightError]:
+        facts = dict(facts or {})
+        if images:
+            facts["encoder"] = orjson.dumps(encoder._asdict()).decode()
+        outcome: list[bool | PatchsightError] = []
+        with self._writing:
+            self._check_encoder(images, encoder)
+            known = self._find([image.item.id for image in images], ("id", "sha256"))
+            latest = {id: row["sha256"] for id, row in known.items()}
+            rows: dict[str, dict[str, Any]] = {}
+            for image in images:
+                item, sha256 = image.item, hashlib.sha256(image.data).hexdigest()
+                if item.id in latest and not replace:
+                    outcome.append(False if latest[item.id] == sha256 else other_bytes(item.id))
+                    continue
+                metadata, thumbnail = encode_metadata(item.metadata), encoded(image.thumbnail)
+                row = to_row(item.id, new_key(), item.label, metadata, sha256, thumbnail, image.vector)
+                outcome.append(item.id not in latest)
+                rows[item.id], latest[item.id] = row, sha256
+            self._binding.upsert(list(rows.values()))
+            self._binding.set_facts(facts)  # behind the images: who is killed in between does them again
+        return outcome
+
+    def _check_encoder(self, images: Sequence[NewImage], encoder: Identity) -> None:
+        """Have the gallery bound to this encoder. Raises Conflict, InvalidRequest."""
+        self.require(encoder)
+        dim = self.dim
+        for image in images:
+            dim = dim or image.vector.size
+            if image.vector.size != dim:
+                message = f"a vector has {image.vector.size} values, those of the gallery have {dim}"
+                raise InvalidRequest(message, param="vectors")
+        if dim is not None:
+            self._binding.bind(encoder, dim)
+            self.require(encoder)  # another gateway may have been quicker
+
+    def get(self, id: str) -> Image:
+        return to_image(self._row(id, DESCRIPTION))
+
+    def page(self, after: str = "", limit: int = 100) -> tuple[list[Image], str | None]:
+        rows = [row for rows in self._binding.scan(f'id > "{_safe(after)}"', DESCRIPTION, limit + 1) for row in rows]
+        return [to_image(row) for row in rows[:limit]], rows[limit - 1]["id"] if len(rows) > limit else None
+
+    def thumbnail(self, id: str) -> bytes:
+        thumbnail = self._row(id, ("thumbnail",))["thumbnail"]
+        if not thumbnail:
+            raise NotFound(f"image {id!r} came as a vector, without its picture", param="id")
+        return base64.b64decode(thumbnail)
+
+    def original(self, id: str) -> bytes:
+        self.thumbnail(id)
+        raise NotFound(f"the original of image {id!r} was not kept; there is its thumbnail", param="id")
+
+    def patch(self, id: str, changes: Changes) -> Image:
+        with self._writing:
+            row = self._row(id, ALL)
+            label = check_label(changes["label"]) if "label" in changes else row["label"] or None
+            metadata = encode_metadata(changes["metadata"]) if "metadata" in changes else row["metadata"]
+            vector = np.array(row["vector"], np.float32)
+            changed = to_row(id, row["key"], label, metadata, row["sha256"], row["thumbnail"], vector)
+            self._binding.upsert([changed])
+            return to_image(changed)
+
+    def delete(self, id: str) -> None:
+        with self._writing:
+            self._row(id, ("id",))
+            self._binding.delete(id)
+
+    def vectors(self, ids: Sequence[str]) -> F32:
+        known = self._find([check_id(id) for id in ids], ("id", "vector"))
+        for id in ids:
+            if id not in known:
+                raise unknown(id, self.name)
+        return np.array([known[id]["vector"] for id in ids], np.float32)
+
+    def neighbors(
+        self,
+        query: F32,
+        k: int = 10,
+        *,
+        leave_out: Collection[str] = (),
+        label: str | Collection[str] | None = None,
+        filter: Filter | None = None,
+        min_score: float = -1.0,
+    ) -> list[Neighbor]:
+        query = checked_query(query, k)
+        dim = self.dim
+        if dim is None:
+            return []
+        if query.shape != (dim,):
+            message = f"the query has {query.size} values, the gallery's vectors have {dim}"
+            raise InvalidRequest(message, param="vectors")
+        wanted = expression(chosen_by(label, filter))
+        if left := _possible(leave_out):
+            wanted = f"{wanted} and " * bool(wanted) + f"id not in {orjson.dumps(left).decode()}"
+        found = search(self._binding, query, k, wanted)
+        return [
+            Neighbor(row["id"], score, row["label"] or None, orjson.loads(row["metadata"]))
+            for score, row in found
+            if score >= min_score
+        ]
+
+    def fact(self, name: str) -> str | None:
+        return self._binding.fact(name)
+
+    def keys(self) -> I64:
+        chunks = [[row["key"] for row in rows] for rows in self._binding.scan("", ("key",))]
+        return np.sort(np.array([key for chunk in chunks for key in chunk], np.int64))
+
+    def snapshot(self) -> tuple[I64, F32]:
+        keys: list[I64] = [np.empty(0, np.int64)]
+        vectors: list[F32] = [np.empty((0, self.dim or 0), np.float32)]
+        for rows in self._binding.scan("", ("key", "vector")):
+            keys.append(np.array([row["key"] for row in rows], np.int64))
+            vectors.append(np.array([row["vector"] for row in rows], np.float32))
+        every = np.concatenate(keys)
+        order = np.argsort(every)
+        return every[order], np.concatenate(vectors)[order]
+
+    def names(self, keys: I64) -> dict[int, tuple[str, str]]:
+        rows = self._binding.find("key", keys.tolist(), ("key", "id", "sha256"))
+        return {row["key"]: (row["id"], row["sha256"]) for row in rows}
+
+    def images(self, keys: I64) -> dict[int, Image]:
+        rows = self._binding.find("key", keys.tolist(), ("key", *DESCRIPTION))
+        return {row["key"]: to_image(row) for row in rows}
+
+    def labels(self) -> Iterator[list[tuple[int, str]]]:
+        for rows in self._binding.scan('label != ""', ("key", "label")):
+            yield [(row["key"], row["label"]) for row in rows]
+
+    def close(self) -> None:
+        """There is nothing to let go of: the connection is that of all galleries."""
+
+    def end(self, error: PatchsightError) -> None:
+        with self._writing:
+            self._binding.ended = error
+
+    def _find(self, ids: Sequence[str], fields: Sequence[str]) -> dict[str, Fields]:
+        """The rows of those ids that are there."""
+        return {row["id"]: row for row in self._binding.find("id", _possible(ids), fields)}
+
+    def _row(self, id: str, fields: Sequence[str]) -> Fields:
+        row = self._find([check_id(id)], ("id", *fields)).get(id)
+        if row is None:
+            raise unknown(id, self.name)
+        return row
+
+
+def _possible(ids: Collection[str]) -> list[str]:
+    """Without those that no image can have."""
+    return sorted(id for id in set(ids) if is_id(id))
+
+
+def _safe(text: str) -> str:
+    """A text that is between the same two ids, and has nothing that an expression could stumble over. No character of
+    an id is below `#` or above `~`."""
+    kept = re.match(r"[#-~]*", text)[0].replace("\\", "[")  # type: ignore[index]
+    return kept + ("~" if text[len(kept) : len(kept) + 1] > "~" else "")
