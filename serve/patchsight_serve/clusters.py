@@ -81,7 +81,7 @@ async def clusters(
     """
     surveys: Surveys = request.app.state.surveys
     gallery = await asyncio.to_thread(request.app.state.galleries.get, gallery_name)
-    count = len(gallery)
+    count = await asyncio.to_thread(len, gallery)
     if wanted.k is not None and wanted.k > count > 0:
         raise InvalidRequest(f"k is {wanted.k}, the gallery has {count:,} images: it must be 1 to {count:,}", "k")
     async with while_connected(request):

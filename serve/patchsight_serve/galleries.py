@@ -73,16 +73,19 @@ async def info(request: Request, gallery_name: GalleryQuery = DEFAULT) -> Respon
     """How many images, of which encoder, how they are searched, and what other galleries there are."""
     galleries: Galleries = request.app.state.galleries
     gallery = await asyncio.to_thread(galleries.get, gallery_name)
-    return json_reply(
-        {
+
+    def told() -> dict[str, Any]:
+        return {
             "gallery": gallery.name,
             "count": len(gallery),
             "encoder": described(gallery.encoder),
             "index": gallery.index._asdict(),
             "damaged": gallery.damaged,
-            "galleries": await asyncio.to_thread(galleries.names),
-            "reembedding": request.app.state.reembeddings.progress(gallery),
+            "galleries": galleries.names(),
         }
+
+    return json_reply(
+        {**await asyncio.to_thread(told), "reembedding": request.app.state.reembeddings.progress(gallery)}
     )
 
 
@@ -109,7 +112,7 @@ async def add(
 
     async def index() -> list[Added | PatchsightError]:
         gallery = await asyncio.to_thread(galleries.get, gallery_name, True)
-        loaded = encoder_of(service, gallery, encoder)
+        loaded = await asyncio.to_thread(encoder_of, service, gallery, encoder)
         return await index_images(service, gallery, loaded, uploads, replace, timing=request.state.timing)
 
     try:

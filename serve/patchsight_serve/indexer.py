@@ -49,13 +49,13 @@ def encoder_of(service: Service, gallery: Gallery | None, name: str | None) -> L
 
     Raises Conflict if it is not the one that the gallery is bound to, NotFound.
     """
-    bound = gallery.encoder if gallery else None
+    bound = gallery.encoder if gallery is not None else None
     if name is None and bound is not None and bound.name not in service.loaded:
         raise Conflict(
             f"the gallery needs encoder {bound.name!r} (sha256 {bound.sha256}), which is not loaded", "encoder"
         )
     loaded = service.encoder(name or (bound.name if bound else None))
-    if gallery:
+    if gallery is not None:
         gallery.require(loaded.identity)
     return loaded
 

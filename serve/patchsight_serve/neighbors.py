@@ -81,9 +81,9 @@ async def of_indexed(
     filter = wanted.chosen()
     gallery = await asyncio.to_thread(request.app.state.galleries.get, gallery_name)
     if encoder is not None:
-        encoder_of(request.app.state.service, gallery, encoder)
+        await asyncio.to_thread(encoder_of, request.app.state.service, gallery, encoder)
     (query,) = await asyncio.to_thread(gallery.vectors, [id])
-    return await _reply(gallery, query, wanted, filter, [id], gallery.encoder)
+    return await _reply(gallery, query, wanted, filter, [id])
 
 
 async def of_uploaded(
@@ -102,11 +102,11 @@ async def of_uploaded(
     gallery = await asyncio.to_thread(request.app.state.galleries.get, gallery_name)
     if media_type(request) == "application/json":
         if encoder is not None:
-            encoder_of(service, gallery, encoder)
+            await asyncio.to_thread(encoder_of, service, gallery, encoder)
         body = await read_body(request, service.body_limits)
         query, ids = await asyncio.to_thread(_of_examples, gallery, body)
-        return await _reply(gallery, query, wanted, filter, ids, gallery.encoder)
-    loaded = encoder_of(service, gallery, encoder)
+        return await _reply(gallery, query, wanted, filter, ids)
+    loaded = await asyncio.to_thread(encoder_of, service, gallery, encoder)
     service.refuse_if_full(loaded)
     images = await read_images(request, replace(service.body_limits, max_images=1))
     request.state.timing.images = len(images)
@@ -115,7 +115,7 @@ async def of_uploaded(
     if isinstance(result, PatchsightError):
         result.param = result.param or "images[0]"
         raise result
-    gallery.require(loaded.identity)  # it may have been filled by another encoder meanwhile
+    await asyncio.to_thread(gallery.require, loaded.identity)  # it may have been filled by another encoder meanwhile
     return await _reply(gallery, result["embedding"], wanted, filter, [], loaded.identity)
 
 
@@ -125,15 +125,18 @@ async def _reply(
     wanted: Wanted,
     filter: Filter | None,
     leave_out: Sequence[str],
-    encoder: Identity | None,
+    encoder: Identity | None = None,
 ) -> Response:
-    def search() -> list[Neighbor]:
-        return gallery.neighbors(
+    """encoder: as told in the reply; by default the one that the gallery is bound to."""
+
+    def search() -> tuple[list[Neighbor], Identity | None]:
+        found = gallery.neighbors(
             query, wanted.k, leave_out=leave_out, label=wanted.label, filter=filter, min_score=wanted.min_score
         )
+        return found, encoder or gallery.encoder
 
-    found = await asyncio.to_thread(search)
-    content: dict[str, Any] = {"encoder": described(encoder), "neighbors": [asdict(neighbor) for neighbor in found]}
+    found, made_by = await asyncio.to_thread(search)
+    content: dict[str, Any] = {"encoder": described(made_by), "neighbors": [asdict(neighbor) for neighbor in found]}
     if wanted.vote:
         content["vote"] = elect(found)
     return json_reply(content)

@@ -39,7 +39,7 @@ async def index_samples(service: Service, galleries: Galleries) -> None:
     deleted since does not come back."""
     try:
         gallery = await asyncio.to_thread(galleries.get, DEFAULT)
-        done = _progress(gallery)
+        done = await asyncio.to_thread(_progress, gallery)
         if done is None:
             return
         samples = await asyncio.to_thread(read_dataset, SAMPLES)
@@ -68,7 +68,7 @@ async def _index(service: Service, gallery: Gallery, uploads: list[Upload], done
         facts = {FACT: str(done + len(batch))}
         try:
             with service.visits.visit():
-                encoder = encoder_of(service, gallery, None)
+                encoder = await asyncio.to_thread(encoder_of, service, gallery, None)
                 results = await index_images(service, gallery, encoder, batch, facts=facts)
         except (Overloaded, DeadlineExceeded):  # users come first
             await asyncio.sleep(1)

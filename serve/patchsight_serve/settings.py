@@ -44,7 +44,7 @@ class ServeSettings(CommandSettings):
     gallery: str | None = Field(
         None,
         description="where the galleries are: milvus://HOST:PORT/NAME, milvuss:// for TLS, NAME begins the names of "
-        "their collections; or the path of a file NAME.db, for milvus-lite (default: in the state_dir, without a server)",
+        "their collections; or the path of a file NAME.db, for milvus-lite (default: in the state_dir)",
     )
     gallery_token: SecretStr = Field(SecretStr(""), description="USER:PASSWORD, or the API key, of that Milvus")
     keep_originals: bool = Field(True, description="keep the encoded images in the galleries, for later encoders")

@@ -130,7 +130,7 @@ async def restore(
         async with while_connected(request):
             damaged = await work.run(lambda left: backup.check(path, skip_damaged, left))
         gallery = await work.run(lambda _: galleries.publish(gallery_name, path, replace))
-    return json_reply({**_told(gallery), "left_out": damaged})
+    return json_reply({**await asyncio.to_thread(_told, gallery), "left_out": damaged})
 
 
 async def take_export(request: Request, gallery_name: GalleryQuery = DEFAULT) -> Response:
@@ -159,7 +159,7 @@ async def add_file(request: Request, gallery_name: GalleryQuery = DEFAULT, repla
         _check_output(request.app.state.service, file)
         gallery = await asyncio.to_thread(galleries.get, gallery_name, True)
         outcome = await work.run(lambda left: add_vectors(on_disk(gallery), file.batches(left), file.encoder, replace))
-    return json_reply({**_told(gallery), **outcome})
+    return json_reply({**await asyncio.to_thread(_told, gallery), **outcome})
 
 
 async def reembed(

@@ -19,7 +19,7 @@ from patchsight_serve.app import create_app
 from patchsight_serve.encoder import Encoder
 from patchsight_serve.fake_encoder import FakeEncoder
 from patchsight_serve.manifest import METADATA_KEY, Manifest, Transform, sha256_of
-from patchsight_serve.settings import ServeSettings
+from patchsight_serve.settings import PREFIX, ServeSettings
 
 if TYPE_CHECKING:
     from patchsight_serve.milvus_galleries import MilvusGalleries
@@ -240,6 +240,18 @@ def mean_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def milvus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of one milvus-lite for all tests, which takes seconds to start; each test has names of its own in it."""
     return tmp_path_factory.mktemp("milvus") / "lite.db"
+
+
+@pytest.fixture
+def empty_milvus(milvus_file: Path, tmp_path: Path) -> Iterator[Path]:
+    """That file, without the galleries that a test has made in it."""
+    from patchsight_serve.milvus_galleries import MilvusGalleries
+
+    yield milvus_file
+    galleries = MilvusGalleries(str(milvus_file), PREFIX, "", tmp_path / "scratch")
+    for name in galleries.names():
+        galleries._binding(name).remove()
+    galleries.close()
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
-"""Filters over metadata: SQLite finds what a plain reading in Python finds, whatever keys and values there are."""
+"""Filters over metadata: SQLite and Milvus find what a plain reading in Python finds, whatever keys and values there
+are."""
 
 import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 
 from patchsight_serve.errors import InvalidRequest
 from patchsight_serve.filters import Filter
+from patchsight_serve.item import Identity, Item, NewImage
 
 MISSING = object()
 
@@ -112,7 +116,7 @@ def cases(draw: st.DrawFn) -> tuple[list[Any], list[str], tuple[str, Any]]:
     return rows, steps or draw(paths), (operator, value)
 
 
-def select(rows: list[Any], filter: Filter) -> set[int]:
+def select_by_sqlite(rows: list[Any], filter: Filter) -> set[int]:
     """Numbers of the rows that SQLite finds."""
     base = sqlite3.connect(":memory:")
     base.execute("CREATE TABLE images (key INTEGER PRIMARY KEY, label TEXT, metadata TEXT NOT NULL)")
@@ -123,10 +127,49 @@ def select(rows: list[Any], filter: Filter) -> set[int]:
     return {key for (key,) in found}
 
 
+Select = Callable[[list[Any], Filter], set[int]]
+
+
+@pytest.fixture(scope="module")
+def select_by_milvus(milvus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Select]:
+    """Numbers of the rows that a gallery on Milvus finds."""
+    from patchsight_serve.milvus_galleries import MilvusGalleries
+
+    galleries = MilvusGalleries(str(milvus_file), "filters", "", tmp_path_factory.mktemp("scratch"))
+    gallery, vector = galleries.get("filters", create=True), np.array([1, 0], np.float32)
+
+    def select(rows: list[Any], filter: Filter) -> set[int]:
+        images = [NewImage(Item(f"r{i}", "a", row), b"", b"", vector) for i, row in enumerate(rows)]
+        gallery.add(images, Identity("vit", "a" * 64), replace=True)
+        found = {int(neighbor.id[1:]) for neighbor in gallery.neighbors(vector, 1000, filter=filter)}
+        return found & set(range(len(rows)))  # others were there before
+
+    yield select
+    galleries.close()
+
+
+@pytest.fixture(params=["sqlite", "milvus"])
+def select(request: pytest.FixtureRequest) -> Select:
+    """Numbers of the rows that are found."""
+    return select_by_sqlite if request.param == "sqlite" else request.getfixturevalue("select_by_milvus")
+
+
 @settings(max_examples=400, deadline=None)
 @given(cases())
 def test_sqlite_finds_what_python_finds(case: tuple[list[Any], list[str], tuple[str, Any]]) -> None:
-    rows, steps, (operator, value) = case
+    check(select_by_sqlite, *case)
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=cases())
+def test_milvus_finds_what_python_finds(
+    select_by_milvus: Select, case: tuple[list[Any], list[str], tuple[str, Any]]
+) -> None:
+    check(select_by_milvus, *case)
+
+
+def check(select: Select, rows: list[Any], steps: list[str], condition: tuple[str, Any]) -> None:
+    operator, value = condition
     written = {escaped(steps): value if operator == "eq" else {operator: value}}
     expected = {i for i, row in enumerate(rows) if holds(row, steps, operator, value)}
     assert select(rows, Filter.parse(orjson.dumps(written))) == expected
@@ -148,10 +191,10 @@ def test_all_conditions_must_hold(rows: list[Any], several: list[tuple[list[str]
         for i, row in enumerate(rows)
         if all(holds(row, steps, operator, value) for (_, operator), (steps, value) in said.items())
     }
-    assert select(rows, Filter.of(written)) == expected
+    assert select_by_sqlite(rows, Filter.of(written)) == expected
 
 
-def test_each_operator() -> None:
+def test_each_operator(select: Select) -> None:
     """Written out, so that the oracle above cannot share a mistake."""
     rows: list[Any] = [{"n": n, "t": str(n), "place": {"city": c}} for n, c in enumerate("abcdefghij")]
     rows += [{"n": True}, {"n": None}, {}]
@@ -175,7 +218,7 @@ def test_each_operator() -> None:
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_each_key(key: str) -> None:
+def test_each_key(select: Select, key: str) -> None:
     """As a key of the metadata, and inside of an object; strings that look like JSON are no objects."""
     rows = [
         {key: 1},
@@ -193,9 +236,9 @@ def test_each_key(key: str) -> None:
 
 def test_a_row_whose_metadata_is_damaged_does_not_end_the_search() -> None:
     rows = [b'{"a": 1', {"a": 1}, b"\xff", b"", b'{"a": 1, "a\\"b": 1}\x00', {'a"b': 1}]
-    assert select(rows, Filter.of({"a": 1})) >= {1}
-    assert select(rows, Filter.of({'a"b': 1})) >= {5}
-    assert select(rows, Filter.of({"a": {"gt": 0}})) <= {1, 4}
+    assert select_by_sqlite(rows, Filter.of({"a": 1})) >= {1}
+    assert select_by_sqlite(rows, Filter.of({'a"b': 1})) >= {5}
+    assert select_by_sqlite(rows, Filter.of({"a": {"gt": 0}})) <= {1, 4}
 
 
 def test_nothing_that_was_written_stands_in_the_sql() -> None:
@@ -204,10 +247,10 @@ def test_nothing_that_was_written_stands_in_the_sql() -> None:
         for value in (nasty, {"in": [nasty]}, {"gt": nasty}, {"ne": nasty}):
             filter = Filter.of({key: value})
             assert "OR 1=1" not in filter.where
-            assert select([{}, {"x": 1}], filter) == ({0, 1} if value == {"ne": nasty} else set())
+            assert select_by_sqlite([{}, {"x": 1}], filter) == ({0, 1} if value == {"ne": nasty} else set())
 
 
-def test_labels_and_metadata_together() -> None:
+def test_labels_and_metadata_together(select: Select) -> None:
     both = Filter.labels(["a", "b"]) & Filter.of({"n": {"gte": 1}})
     assert select([{"n": 0}, {"n": 1}], both) == {1}
     assert select([{"n": 0}, {"n": 1}], Filter.labels(["b"]) & Filter.of({"n": 1})) == set()
@@ -254,7 +297,7 @@ def test_what_is_wrong_is_named(text: str | bytes, message: str) -> None:
     assert len(caught.value.message) < 300
 
 
-def test_as_much_as_is_allowed() -> None:
+def test_as_much_as_is_allowed(select: Select) -> None:
     deep: Any = 1
     for _ in range(32):
         deep = {'a"': deep}

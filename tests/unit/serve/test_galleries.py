@@ -17,6 +17,18 @@ from patchsight_serve.fake_encoder import FakeEncoder
 RAW = {"Content-Type": "application/octet-stream"}
 
 
+@pytest.fixture(params=["embedded", "milvus"])
+def serving(request: pytest.FixtureRequest, serving: Callable[..., TestClient]) -> Callable[..., TestClient]:
+    """As everywhere, with galleries of either kind."""
+    if request.param == "embedded":
+        return serving
+    file = request.getfixturevalue("empty_milvus")
+    return lambda *encoders, **settings: serving(*encoders, **{"gallery": str(file), **settings})
+
+
+embedded_alone = pytest.mark.parametrize("serving", ["embedded"], indirect=True)
+
+
 @pytest.fixture
 def photos(encode: Callable[..., bytes]) -> list[bytes]:
     """Twelve different PNGs of 32 x 32, so that no resampling is in the way."""
@@ -92,6 +104,7 @@ def test_thumbnails_are_small_and_keep_their_proportions(client: TestClient, enc
     assert (thumbnail.format, thumbnail.size) == ("JPEG", (80, 160))
 
 
+@embedded_alone
 def test_an_original_comes_back_as_what_a_browser_shows_or_as_a_download(
     client: TestClient, picture: np.ndarray, encode: Callable[..., bytes]
 ) -> None:
@@ -413,6 +426,7 @@ def test_a_filter_that_is_wrong_is_400_before_anything_is_embedded(serving, phot
     assert encoder.images == before
 
 
+@embedded_alone
 def test_an_index_over_the_limit_says_what_it_is(serving, photos: list[bytes], until) -> None:
     client = serving(exact_limit=5)
     add(client, photos, [{"id": f"i{i:02d}"} for i in range(12)])
@@ -491,6 +505,7 @@ def test_an_encoder_that_gives_nan_stores_nothing(serving, photos: list[bytes]) 
     assert client.get("/gallery").json()["count"] == 0
 
 
+@embedded_alone
 def test_a_full_disk_is_507_and_reads_go_on(client: TestClient, photos: list[bytes]) -> None:
     add(client, photos[:1], [{"id": "a"}])
     writer = client.app.state.galleries.get("default")._record._writer

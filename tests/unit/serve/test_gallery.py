@@ -530,6 +530,7 @@ def test_readers_do_not_wait_for_a_writer_at_the_disk(gallery: Gallery, monkeypa
     assert [n.id for n in gallery.neighbors(vectors[1], 1)] == ["y"]
 
 
+@embedded_alone
 def test_readers_and_writers_at_once_agree_with_the_record(gallery: Gallery) -> None:
     vectors = unit_vectors(200)
     gallery.add([new(f"s{i}", v) for i, v in enumerate(vectors[:50])], ENCODER)
