@@ -1,32 +1,27 @@
 """Vectors by the thousand into a gallery, without their pictures, all of them or none."""
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import orjson
 
-from patchsight_serve.embedded_gallery import EmbeddedGallery
 from patchsight_serve.errors import Conflict, InvalidRequest
 from patchsight_serve.item import Identity, NewVector, encode_metadata
 from patchsight_serve.nearest import F32
 from patchsight_serve.record import Record
 from patchsight_serve.row import Row
 
+if TYPE_CHECKING:  # it needs this module
+    from patchsight_serve.embedded_gallery import EmbeddedGallery
+
 SAME = 1e-4  # how far numbers of one image's vector may be apart: another batch moves their last digits
 
 
 def add_vectors(
-    gallery: EmbeddedGallery, batches: Iterable[Sequence[NewVector]], encoder: Identity, replace: bool = False
+    gallery: "EmbeddedGallery", batches: Iterable[Sequence[NewVector]], encoder: Identity, replace: bool = False
 ) -> dict[str, int]:
-    """Durably once this returns. How many were `created`, `replaced` and `unchanged`.
-
-    batches: no id is in them twice. What is there already, by sha256 or by its vector, is unchanged; with `replace` it
-    gets the label and metadata, and keeps its picture. Readers go on meanwhile; other writers wait, and `Gallery.busy`
-    tells of it.
-
-    Raises Conflict (another encoder, or another image under an id, without `replace`), InvalidRequest (vectors of
-    another size), StorageFull, and what `batches` raises; then nothing was stored.
-    """
+    """As `Gallery.add_vectors`, in one transaction."""
     outcome = {"created": 0, "replaced": 0, "unchanged": 0}
     fresh: list[dict[int, F32]] = []
     gone: dict[str, int] = {}
@@ -56,7 +51,7 @@ def _add(record: Record, new: NewVector, row: Row | None, replace: bool) -> tupl
     """Inside a transaction. What became of it, and its key, if it has a new one. row: what is under its id."""
     item, metadata = new.item, encode_metadata(new.item.metadata)
     there = row is not None and row.intact
-    if row is not None and there and _same(row, new):
+    if row is not None and there and same_image(row.sha256, np.frombuffer(row.vector, dtype="<f4"), new):
         if not replace or (row.label, row.metadata) == (item.label, metadata):
             return "unchanged", None
         record.describe(row, item.label, metadata)
@@ -70,8 +65,8 @@ def _add(record: Record, new: NewVector, row: Row | None, replace: bool) -> tupl
     return "replaced" if there else "created", key
 
 
-def _same(row: Row, new: NewVector) -> bool:
+def same_image(sha256: str, vector: F32, new: NewVector) -> bool:
     """By the bytes of the picture where both are known, else by the vector."""
-    if row.sha256 and new.sha256:
-        return row.sha256 == new.sha256
-    return bool(np.allclose(np.frombuffer(row.vector, dtype="<f4"), new.vector, rtol=0, atol=SAME))
+    if sha256 and new.sha256:
+        return sha256 == new.sha256
+    return bool(np.allclose(vector, new.vector, rtol=0, atol=SAME))

@@ -7,7 +7,7 @@ changes the index then, so readers wait for it only while it changes memory, nev
 import hashlib
 import logging
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -15,11 +15,22 @@ from pathlib import Path
 import numpy as np
 import orjson
 
+from patchsight_serve.bulk_add import add_vectors
 from patchsight_serve.errors import Conflict, InvalidRequest, PatchsightError
 from patchsight_serve.filters import Filter
 from patchsight_serve.gallery import Gallery, checked_query, chosen_by, other_bytes, unknown
 from patchsight_serve.index import EXACT_LIMIT, Index, IndexState
-from patchsight_serve.item import Changes, Identity, Image, Neighbor, NewImage, check_id, check_label, encode_metadata
+from patchsight_serve.item import (
+    Changes,
+    Identity,
+    Image,
+    Neighbor,
+    NewImage,
+    NewVector,
+    check_id,
+    check_label,
+    encode_metadata,
+)
 from patchsight_serve.nearest import F32, I64
 from patchsight_serve.record import Record
 from patchsight_serve.recorded_gallery import RecordedGallery
@@ -115,6 +126,11 @@ class EmbeddedGallery(RecordedGallery):
         item, original = image.item, image.data if self._keep_originals else None
         metadata, vector = encode_metadata(item.metadata), image.vector.astype("<f4").tobytes()
         return self._record.insert(item.id, item.label, metadata, sha256, vector, image.thumbnail, original)
+
+    def add_vectors(
+        self, batches: Callable[[], Iterable[Sequence[NewVector]]], encoder: Identity, replace: bool = False
+    ) -> dict[str, int]:
+        return add_vectors(self, batches(), encoder, replace)
 
     def patch(self, id: str, changes: Changes) -> Image:
         with self._writing:

@@ -1,14 +1,17 @@
 """What every gallery does: images with vectors of one encoder, kept durably, searched by vector. Which of them keeps
 what where is its own affair; knows no HTTP."""
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 from patchsight_serve.errors import Conflict, InvalidRequest, NotFound, PatchsightError
 from patchsight_serve.filters import Filter
 from patchsight_serve.index import IndexState
-from patchsight_serve.item import Changes, Identity, Image, Neighbor, NewImage
+from patchsight_serve.item import Changes, Identity, Image, Neighbor, NewImage, NewVector
 from patchsight_serve.nearest import F32, I64, normalize
+from patchsight_serve.row import Row
 
 MAX_K = 1000
 
@@ -64,6 +67,27 @@ class Gallery(ABC):
         An image that is there already keeps its label and metadata, unless `replace` is set. facts: stored with the
         images, or not at all. Raises Conflict (another encoder) and StorageFull; then nothing was stored.
         """
+
+    @abstractmethod
+    def add_vectors(
+        self, batches: Callable[[], Iterable[Sequence[NewVector]]], encoder: Identity, replace: bool = False
+    ) -> dict[str, int]:
+        """Vectors by the thousand, without their pictures. How many were `created`, `replaced` and `unchanged`.
+
+        batches: gives them, from the first on with each call; no id is in them twice. What is there already, by sha256
+        or by its vector, is unchanged; with `replace` it gets the label and metadata, and keeps its picture. Readers go
+        on meanwhile; other writers wait, and `busy` tells of it.
+
+        Raises Conflict (another encoder, or another image under an id, without `replace`), InvalidRequest (vectors of
+        another size), StorageFull, and what `batches` raises; then nothing was stored.
+        """
+
+    @abstractmethod
+    def all_rows(
+        self, left: threading.Event, chunk: int
+    ) -> AbstractContextManager[tuple[Identity | None, Iterator[list[Row]]]]:
+        """For a block: the encoder, and all sound rows as they were at one moment, in chunks. It holds up nobody, and
+        ends with an error once `left` is set."""
 
     @abstractmethod
     def get(self, id: str) -> Image:
@@ -139,7 +163,7 @@ class Gallery(ABC):
 
     @abstractmethod
     def labels(self) -> Iterator[list[tuple[int, str]]]:
-        """Keys and labels of all images that have one, in the order of their keys, in chunks."""
+        """Keys and labels of all images that have one, in chunks."""
 
     @abstractmethod
     def close(self) -> None:

@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from patchsight_serve.dataset import class_names
-from patchsight_serve.embedded_gallery import EmbeddedGallery
 from patchsight_serve.embedding_file import ROW_GROUP, footer, made_by, matrix
 from patchsight_serve.errors import InvalidRequest, PatchsightError
+from patchsight_serve.gallery import Gallery
 from patchsight_serve.item import Identity, Item, NewVector, check_id, parse_metadata
 from patchsight_serve.nearest import F32, normalize
-from patchsight_serve.row import Row, rows_in
+from patchsight_serve.row import Row
 from patchsight_serve.scratch import Scratch, told
 
 OUTPUT = "embedding"  # in place of `cls`, `mean` or `both`: the one that galleries hold, whichever that is
@@ -34,24 +33,18 @@ BODY = Path("the file")  # as errors name it
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def export(
-    gallery: EmbeddedGallery, scratch: Scratch, outputs: Mapping[Identity, str], left: threading.Event
-) -> BinaryIO:
-    """All sound rows as they were when it began, in the order in which they were added; a file that is open and has no
-    name any more. One row group is in memory at a time.
+def export(gallery: Gallery, scratch: Scratch, outputs: Mapping[Identity, str], left: threading.Event) -> BinaryIO:
+    """All sound rows as they were when it began; a file that is open and has no name any more. One row group is in
+    memory at a time.
 
     outputs: which embedding of an encoder galleries hold, where that is known. Ends with an error once `left` is set.
     Raises NotFound (removed meanwhile), StorageFull.
     """
-    with scratch.folder() as folder, gallery.long_read(left) as connection, told("the export"):
-        connection.execute("BEGIN")  # one moment for all that is read
-        bound = connection.execute("SELECT value FROM facts WHERE name = 'encoder'").fetchone()
-        encoder = Identity(**orjson.loads(bound[0])) if bound else None
+    with scratch.folder() as folder, gallery.all_rows(left, ROW_GROUP) as (encoder, chunks), told("the export"):
         path = folder / "gallery.parquet"
         file: pq.ParquetWriter | None = None
         try:
-            for rows in rows_in(connection, ROW_GROUP):
-                sound = [row for row in rows if row.intact]
+            for sound in chunks:
                 if file is None and sound:
                     assert encoder is not None
                     D = len(sound[0].vector) // 4

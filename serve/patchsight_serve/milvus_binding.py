@@ -10,7 +10,7 @@ import orjson
 from patchsight_serve.errors import PatchsightError, Superseded
 from patchsight_serve.item import Identity
 from patchsight_serve.milvus_collection import alias_of, make_collection
-from patchsight_serve.milvus_connection import Fields, Gone, MilvusConnection
+from patchsight_serve.milvus_connection import SCANNED, Fields, Gone, MilvusConnection
 from patchsight_serve.milvus_facts import MilvusFacts
 
 SOME = 500  # values in one expression
@@ -44,6 +44,10 @@ class Binding:
     def _told(self, collection: str) -> Bound | None:
         text = self._facts.get(collection)
         if text is None:  # it was removed in between
+            return None
+        try:
+            self._connection.load(collection)
+        except Gone:
             return None
         said = orjson.loads(text)
         return Bound(collection, Identity(said["name"], said["sha256"]), said["dim"])
@@ -85,12 +89,12 @@ class Binding:
                 found += self._connection.query(bound.collection, f"{column} in {some}", fields)
         return found
 
-    def scan(self, filter: str, fields: Sequence[str], limit: int = -1) -> Iterator[list[Fields]]:
+    def scan(self, filter: str, fields: Sequence[str], limit: int = -1, chunk: int = SCANNED) -> Iterator[list[Fields]]:
         """Rows in the order of their ids, in chunks; at most `limit` of them."""
         bound = self.bound()
         with self._there():
             if bound:
-                yield from self._connection.scan(bound.collection, filter, fields, limit)
+                yield from self._connection.scan(bound.collection, filter, fields, limit, chunk)
 
     def search(self, vector: list[float], k: int, filter: str, fields: Sequence[str]) -> list[Fields]:
         """As `MilvusConnection.search`."""

@@ -8,7 +8,7 @@ still has a collection of before finds that it is gone, and never one that took 
 import base64
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,11 @@ import orjson
 from pymilvus import CollectionSchema, DataType
 
 from patchsight_serve.errors import InvalidRequest, NotFound
-from patchsight_serve.item import Image, check_gallery
-from patchsight_serve.milvus_connection import TIMEOUT_S, MilvusConnection
+from patchsight_serve.item import Image, check_gallery, is_id
+from patchsight_serve.milvus_connection import TIMEOUT_S, Fields, MilvusConnection
 from patchsight_serve.milvus_filter import MAX_TOKENS, TOKEN, findable
 from patchsight_serve.nearest import F32
+from patchsight_serve.row import Row, row_checksum
 
 MAX_NAME = 230  # of Milvus' 255 characters, the rest for what is behind it
 MAX_TEXT = 65_535  # bytes of a VARCHAR
@@ -99,6 +100,25 @@ def encoded(thumbnail: bytes) -> str:
     return text
 
 
-def to_image(row: Mapping[str, Any]) -> Image:
+def to_image(row: Fields) -> Image:
     """Of a row's `DESCRIPTION`."""
     return Image(row["id"], row["label"] or None, orjson.loads(row["metadata"]), row["sha256"] or None)
+
+
+def stored(row: Fields) -> Row:
+    """As a record has it; of a row's `key`, `DESCRIPTION` and vector."""
+    label, vector = row["label"] or None, np.array(row["vector"], "<f4").tobytes()
+    checksum = row_checksum(row["id"], label, row["metadata"], row["sha256"], vector)
+    return Row(row["key"], row["id"], label, row["metadata"], row["sha256"], vector, checksum)
+
+
+def between_ids(text: str) -> str:
+    """A text that is between the same two ids, and has nothing that an expression could stumble over. No character of
+    an id is below `#` or above `~`."""
+    kept = re.match(r"[#-~]*", text)[0].replace("\\", "[")  # type: ignore[index]
+    return kept + ("~" if text[len(kept) : len(kept) + 1] > "~" else "")
+
+
+def possible(ids: Collection[str]) -> list[str]:
+    """Those of them that an image can have."""
+    return sorted(id for id in set(ids) if is_id(id))

@@ -83,6 +83,11 @@ class MilvusConnection:
             except Gone:
                 pass
 
+    def load(self, collection: str) -> None:
+        """Have it ready to be asked; milvus-lite has nothing loaded when it starts."""
+        with self.explained():
+            self.client.load_collection(collection, timeout=TIMEOUT_S)
+
     def count(self, collection: str) -> int:
         """Rows in a collection."""
         with self.explained():

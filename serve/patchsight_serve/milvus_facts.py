@@ -23,9 +23,9 @@ class MilvusFacts:
         client = self._connection.client
         with self._connection.explained():
             there = client.has_collection(self._collection, timeout=TIMEOUT_S)
-            if there:
-                client.load_collection(self._collection, timeout=TIMEOUT_S)
-                return
+        if there:
+            self._connection.load(self._collection)
+            return
         schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
         schema.add_field("name", DataType.VARCHAR, is_primary=True, max_length=512)
         schema.add_field("value", DataType.VARCHAR, max_length=MAX_TEXT)

@@ -4,9 +4,10 @@ and each finds what another was told is stored.
 
 import base64
 import hashlib
-import re
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,17 +23,29 @@ from patchsight_serve.item import (
     Image,
     Neighbor,
     NewImage,
+    NewVector,
     check_id,
     check_label,
     encode_metadata,
-    is_id,
-)
+)  # fmt: skip
 from patchsight_serve.milvus_binding import Binding
-from patchsight_serve.milvus_collection import ALL, DESCRIPTION, encoded, new_key, to_image, to_row
+from patchsight_serve.milvus_bulk_add import add_vectors
+from patchsight_serve.milvus_collection import (
+    ALL,
+    DESCRIPTION,
+    between_ids,
+    encoded,
+    new_key,
+    possible,
+    stored,
+    to_image,
+    to_row,
+)  # fmt: skip
 from patchsight_serve.milvus_connection import Fields
 from patchsight_serve.milvus_filter import expression
 from patchsight_serve.milvus_search import search
 from patchsight_serve.nearest import F32, I64
+from patchsight_serve.row import Row
 
 
 class MilvusGallery(Gallery):
@@ -95,6 +108,29 @@ class MilvusGallery(Gallery):
             self._binding.set_facts(facts)  # behind the images: who is killed in between does them again
         return outcome
 
+    def add_vectors(
+        self, batches: Callable[[], Iterable[Sequence[NewVector]]], encoder: Identity, replace: bool = False
+    ) -> dict[str, int]:
+        with self._writing:
+            self.busy = True
+            try:
+                self.require(encoder)
+                outcome = add_vectors(self._binding, batches, encoder, replace)
+                self._binding.set_facts({"encoder": orjson.dumps(encoder._asdict()).decode()})
+                return outcome
+            finally:
+                self.busy = False
+
+    @contextmanager
+    def all_rows(self, left: threading.Event, chunk: int) -> Iterator[tuple[Identity | None, Iterator[list[Row]]]]:
+        yield self.encoder, (list(map(stored, rows)) for rows in self._scan(left, chunk))
+
+    def _scan(self, left: threading.Event, chunk: int) -> Iterator[list[Fields]]:
+        for rows in self._binding.scan("", ("key", *DESCRIPTION, "vector"), chunk=chunk):
+            if left.is_set():
+                raise CancelledError
+            yield rows
+
     def _check_encoder(self, images: Sequence[NewImage], encoder: Identity) -> None:
         """Have the gallery bound to this encoder. Raises Conflict, InvalidRequest."""
         self.require(encoder)
@@ -112,7 +148,9 @@ class MilvusGallery(Gallery):
         return to_image(self._row(id, DESCRIPTION))
 
     def page(self, after: str = "", limit: int = 100) -> tuple[list[Image], str | None]:
-        rows = [row for rows in self._binding.scan(f'id > "{_safe(after)}"', DESCRIPTION, limit + 1) for row in rows]
+        rows = [
+            row for rows in self._binding.scan(f'id > "{between_ids(after)}"', DESCRIPTION, limit + 1) for row in rows
+        ]
         return [to_image(row) for row in rows[:limit]], rows[limit - 1]["id"] if len(rows) > limit else None
 
     def thumbnail(self, id: str) -> bytes:
@@ -165,7 +203,7 @@ class MilvusGallery(Gallery):
             message = f"the query has {query.size} values, the gallery's vectors have {dim}"
             raise InvalidRequest(message, param="vectors")
         wanted = expression(chosen_by(label, filter))
-        if left := _possible(leave_out):
+        if left := possible(leave_out):
             wanted = f"{wanted} and " * bool(wanted) + f"id not in {orjson.dumps(left).decode()}"
         found = search(self._binding, query, k, wanted)
         return [
@@ -212,22 +250,10 @@ class MilvusGallery(Gallery):
 
     def _find(self, ids: Sequence[str], fields: Sequence[str]) -> dict[str, Fields]:
         """The rows of those ids that are there."""
-        return {row["id"]: row for row in self._binding.find("id", _possible(ids), fields)}
+        return {row["id"]: row for row in self._binding.find("id", possible(ids), fields)}
 
     def _row(self, id: str, fields: Sequence[str]) -> Fields:
         row = self._find([check_id(id)], ("id", *fields)).get(id)
         if row is None:
             raise unknown(id, self.name)
         return row
-
-
-def _possible(ids: Collection[str]) -> list[str]:
-    """Without those that no image can have."""
-    return sorted(id for id in set(ids) if is_id(id))
-
-
-def _safe(text: str) -> str:
-    """A text that is between the same two ids, and has nothing that an expression could stumble over. No character of
-    an id is below `#` or above `~`."""
-    kept = re.match(r"[#-~]*", text)[0].replace("\\", "[")  # type: ignore[index]
-    return kept + ("~" if text[len(kept) : len(kept) + 1] > "~" else "")

@@ -4,17 +4,17 @@ import hashlib
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import orjson
 
 from patchsight_serve.errors import NotFound, PatchsightError
 from patchsight_serve.gallery import Gallery, unknown
-from patchsight_serve.item import Image, check_id
+from patchsight_serve.item import Identity, Image, check_id
 from patchsight_serve.nearest import F32, I64
 from patchsight_serve.record import Record
-from patchsight_serve.row import Row
+from patchsight_serve.row import Row, rows_in
 
 
 class RecordedGallery(Gallery):
@@ -71,6 +71,14 @@ class RecordedGallery(Gallery):
 
     def images(self, keys: I64) -> dict[int, Image]:
         return {key: _image(row) for key, row in self._record.rows(keys.tolist()).items() if row.intact}
+
+    @contextmanager
+    def all_rows(self, left: threading.Event, chunk: int) -> Iterator[tuple[Identity | None, Iterator[list[Row]]]]:
+        with self.long_read(left) as connection:
+            connection.execute("BEGIN")  # one moment for all that is read
+            bound = connection.execute("SELECT value FROM facts WHERE name = 'encoder'").fetchone()
+            encoder = Identity(**orjson.loads(bound[0])) if bound else None
+            yield encoder, ([row for row in rows if row.intact] for rows in rows_in(connection, chunk))
 
     def labels(self) -> Iterator[list[tuple[int, str]]]:
         return self._record.labels()

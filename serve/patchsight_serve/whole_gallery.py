@@ -12,7 +12,6 @@ from starlette.responses import Response
 
 from patchsight_serve import backup, gallery_file
 from patchsight_serve.body_file import receive_file
-from patchsight_serve.bulk_add import add_vectors
 from patchsight_serve.collection import DEFAULT, Galleries
 from patchsight_serve.departure import while_connected
 from patchsight_serve.embedded_gallery import on_disk
@@ -141,7 +140,7 @@ async def take_export(request: Request, gallery_name: GalleryQuery = DEFAULT) ->
     outputs = {loaded.identity: loaded.manifest.recommended for loaded in service.loaded.values()}
     gallery = await asyncio.to_thread(galleries.get, gallery_name)
     async with while_connected(request):
-        file = await work.run(lambda left: gallery_file.export(on_disk(gallery), galleries.scratch, outputs, left))
+        file = await work.run(lambda left: gallery_file.export(gallery, galleries.scratch, outputs, left))
     return FileReply(file, PARQUET, f"{gallery.name}.parquet")
 
 
@@ -158,7 +157,7 @@ async def add_file(request: Request, gallery_name: GalleryQuery = DEFAULT, repla
         file = await work.run(lambda left: gallery_file.look_over(path, left))
         _check_output(request.app.state.service, file)
         gallery = await asyncio.to_thread(galleries.get, gallery_name, True)
-        outcome = await work.run(lambda left: add_vectors(on_disk(gallery), file.batches(left), file.encoder, replace))
+        outcome = await work.run(lambda left: gallery.add_vectors(lambda: file.batches(left), file.encoder, replace))
     return json_reply({**await asyncio.to_thread(_told, gallery), **outcome})
 
 
