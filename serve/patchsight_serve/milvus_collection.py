@@ -57,21 +57,21 @@ def make_collection(connection: MilvusConnection, alias: str, dim: int) -> str:
     schema.add_field("tokens", DataType.ARRAY, **tokens)
     schema.add_field("ranges", DataType.JSON)
     schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dim)
-    scalars = ["key"] if connection.lite else ["key", "tokens"]  # milvus-lite has no index of arrays
-    return create_collection(connection, f"{alias}__{secrets.token_hex(8)}", schema, scalars)
+    name = create_collection(connection, f"{alias}__{secrets.token_hex(8)}", schema)
+    for field in ("key", "tokens"):
+        connection.quicken(name, field)
+    return name
 
 
-def create_collection(connection: MilvusConnection, name: str, schema: CollectionSchema, scalars: list[str]) -> str:
-    """With indexes of its vectors and of some other fields; ready to be asked. Its name."""
-    indexes = connection.client.prepare_index_params()
+def create_collection(connection: MilvusConnection, name: str, schema: CollectionSchema) -> str:
+    """Ready to be asked. Its name."""
+    client = connection.client
+    indexes = client.prepare_index_params()
     indexes.add_index("vector", index_type="FLAT", metric_type="IP")
-    for field in scalars:
-        indexes.add_index(field, index_type="INVERTED")
     with connection.explained():
-        client = connection.client
         client.create_collection(name, schema=schema, consistency_level="Strong", timeout=TIMEOUT_S)
         client.create_index(name, indexes, timeout=TIMEOUT_S, sync=False)
-        client.load_collection(name, timeout=TIMEOUT_S)
+    connection.load(name)
     return name
 
 

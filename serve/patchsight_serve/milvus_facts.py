@@ -30,7 +30,7 @@ class MilvusFacts:
         schema.add_field("name", DataType.VARCHAR, is_primary=True, max_length=512)
         schema.add_field("value", DataType.VARCHAR, max_length=MAX_TEXT)
         schema.add_field("vector", DataType.FLOAT_VECTOR, dim=2)  # Milvus wants one
-        create_collection(self._connection, self._collection, schema, [])
+        create_collection(self._connection, self._collection, schema)
 
     def get(self, name: str) -> str | None:
         """As it was set last, by any gateway."""

@@ -26,6 +26,7 @@ from patchsight_serve.milvus_collection import alias_of, between_ids, gallery_of
 from patchsight_serve.milvus_filter import _ordered
 from patchsight_serve.milvus_galleries import MilvusGalleries
 from patchsight_serve.nearest import normalize
+from patchsight_serve.settings import PREFIX
 
 ENCODER, OTHER = Identity("vit", "a" * 64), Identity("vit", "b" * 64)
 VECTORS = normalize(np.random.default_rng(0).standard_normal((50, 16)).astype(np.float32))
@@ -277,6 +278,25 @@ numbers = st.one_of(
 def test_texts_for_numbers_and_strings_are_in_their_order(pair) -> None:
     a, b = pair
     assert (_ordered(a) < _ordered(b), _ordered(a) == _ordered(b)) == (a < b, a == b)
+
+
+def test_without_pymilvus_the_extra_is_named(serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "patchsight_serve.milvus_galleries", None)
+    with pytest.raises(PatchsightError, match=r"--gallery needs pip install 'patchsight\[milvus\]'"):
+        serving(gallery="my.db")
+
+
+def test_a_server_of_several_processes_has_galleries(serving, png: bytes, empty_milvus: Path) -> None:
+    """As each of them is, but for the file, which only one may open."""
+    uri = server_manager_instance.start_and_get_uri(str(empty_milvus)).replace("http", "milvus")
+    first, second = (serving(gallery=f"{uri}/{PREFIX}", processes=2) for _ in range(2))
+    raw = {"content": png, "headers": {"Content-Type": "image/png"}}
+    assert first.post("/gallery/images?id=a", **raw).status_code == 200
+    assert [n["id"] for n in second.post("/neighbors", **raw).json()["neighbors"]] == ["a"]
+    assert second.delete("/gallery").status_code == 204
+    assert first.get("/gallery/images/a").status_code == 409
+    assert first.post("/gallery/images?id=b", **raw).json()["results"] == [{"index": 0, "id": "b", "created": True}]
+    assert second.get("/gallery").json()["count"] == 1
 
 
 def test_a_milvus_that_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,3 +80,42 @@ def test_a_batch_is_as_large_as_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ServeSettings(threads=1).batch == 4
     assert ServeSettings(device="cuda").batch == 32
     assert ServeSettings(device="cuda", max_batch=7).batch == 7
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("milvus://host:19530/photos", ("http://host:19530", "photos")),
+        ("milvus://10.0.0.1:19530", ("http://10.0.0.1:19530", "patchsight")),
+        ("milvuss://[::1]:1/", ("https://[::1]:1", "patchsight")),
+        ("some/folder/my.db", ("some/folder/my.db", "patchsight")),
+    ],
+)
+def test_where_galleries_are(value: str, expected: tuple[str, str]) -> None:
+    assert parse("--gallery", value).milvus == expected
+    assert parse().milvus is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["milvus://host"], "write milvus://HOST:PORT/NAME"),
+        (["milvus://host:1/a_b"], "write milvus://HOST:PORT/NAME"),
+        (["http://host:1/a"], "write milvus://HOST:PORT/NAME"),
+        (["my.sqlite"], "or the path of a file NAME.db"),
+        (["milvus://root:secret@host:1/a"], "PATCHSIGHT_GALLERY_TOKEN"),
+        (["my.db", "--processes", "2"], "a file of milvus-lite is for one process, not for 2"),
+    ],
+)
+def test_where_galleries_cannot_be(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--gallery", *argv)
+    assert message in capsys.readouterr().err
+    assert parse("--gallery", "milvus://host:1/a", "--processes", "2").processes == 2
+
+
+def test_the_token_of_milvus_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATCHSIGHT_GALLERY_TOKEN", "root:very-secret")
+    settings = parse("--gallery", "milvus://host:1/a")
+    assert settings.gallery_token.get_secret_value() == "root:very-secret"
+    assert "very-secret" not in settings.describe() + repr(settings)
