@@ -42,7 +42,7 @@ def open_gallery(request: pytest.FixtureRequest, tmp_path: Path):
     def embedded(name: str) -> Gallery:
         if opened:
             opened.pop().close()
-        opened.append(Gallery(tmp_path / name, keep_originals=False))
+        opened.append(Gallery(tmp_path / name))
         return opened[-1]
 
     if request.param == "milvus":
