@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from starlette.testclient import TestClient
 
-from patchsight_serve import embed, gallery_file
+from patchsight_serve import embed, gallery_file, recorded_gallery
 from patchsight_serve.bulk_add import add_vectors
 from patchsight_serve.embedded_galleries import EmbeddedGalleries as Galleries
 from patchsight_serve.embedding_file import read_embeddings, written
@@ -204,7 +204,7 @@ def test_an_export_is_of_one_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     gallery = galleries.get("mine", create=True)
     rows = normalize(np.random.default_rng(0).standard_normal((9, 8)).astype(np.float32))
     gallery.add([NewImage(Item(f"i{i}"), b"x", b"thumb", row) for i, row in enumerate(rows)], MADE_BY)
-    real = gallery_file.rows_in
+    real = recorded_gallery.rows_in
 
     def late(connection: Any, chunk: int):
         for i in range(9):
@@ -212,7 +212,7 @@ def test_an_export_is_of_one_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         gallery.add([NewImage(Item("other"), b"x", b"thumb", rows[0])], Identity("other", "b" * 64))
         yield from real(connection, chunk)
 
-    monkeypatch.setattr(gallery_file, "rows_in", late)
+    monkeypatch.setattr(recorded_gallery, "rows_in", late)
     with gallery_file.export(gallery, galleries.scratch, {}, NOBODY_LEFT) as out:
         found = pq.read_table(pa.BufferReader(out.read()))
     assert found.column("id").to_pylist() == [f"i{i}" for i in range(9)]
