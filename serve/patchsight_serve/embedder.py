@@ -16,6 +16,8 @@ from patchsight_serve.errors import InvalidRequest, PatchsightError
 from patchsight_serve.item import Identity
 from patchsight_serve.nearest import F32
 
+BATCH = 32  # images that are encoded together
+
 T = TypeVar("T")
 
 
@@ -40,7 +42,7 @@ class LocalEmbedder:
     output: `recommended`, `cls`, `mean` or `both`. Raises InvalidRequest if the encoder does not have it.
     """
 
-    def __init__(self, encoder: Encoder, output: str = "recommended", batch: int = 32) -> None:
+    def __init__(self, encoder: Encoder, output: str = "recommended", batch: int = BATCH) -> None:
         manifest = encoder.manifest
         self.encoder = Identity(manifest.name, manifest.sha256)
         self.output = manifest.recommended if output == "recommended" else output
@@ -74,20 +76,23 @@ class LocalEmbedder:
         return [entry if isinstance(entry, PatchsightError) else next(vectors) for entry in decoded]
 
 
-def embed_dataset(dataset: Dataset, embedder: Embedder) -> Iterator[F32 | PatchsightError]:
-    """`embed_each` of all images, in order. One that cannot be read is an error like any other: a file that is gone
-    must not cost the work on the rest."""
+def embed_dataset(
+    dataset: Dataset, embedder: Embedder, rows: Sequence[int] | None = None
+) -> Iterator[F32 | PatchsightError]:
+    """`embed_each` of all images, in order, or of these rows. One that cannot be read is an error like any other: a
+    file that is gone must not cost the work on the rest."""
+    rows = range(len(dataset)) if rows is None else rows
     unread: dict[int, PatchsightError] = {}
 
     def contents() -> Iterator[bytes]:
-        for i in range(len(dataset)):
+        for i in rows:
             try:
                 yield dataset.read(i)
             except (OSError, PatchsightError) as error:
                 unread[i] = PatchsightError(str(error))
                 yield b""
 
-    for i, result in enumerate(embedder.embed_each(contents())):
+    for i, result in zip(rows, embedder.embed_each(contents()), strict=True):
         yield unread.get(i, result)
 
 

@@ -4,7 +4,6 @@ Any Parquet reader opens it; `datasets` finds the class names where it looks for
 """
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from patchsight_serve.dataset import class_names, labels_of, parquet_files
+from patchsight_serve.durable import sync
 from patchsight_serve.errors import InvalidRequest
 from patchsight_serve.item import Identity
 from patchsight_serve.nearest import F32, I64
@@ -193,9 +193,9 @@ def written(
         writer.flush()
         writer.close()
         if writer.count:
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(partial)
             partial.replace(path)
+            sync(path.parent)
     finally:
         writer.close()
         partial.unlink(missing_ok=True)
