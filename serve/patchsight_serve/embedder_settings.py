@@ -12,7 +12,11 @@ from patchsight_serve.errors import NotFound
 from patchsight_serve.manifest import default_repository
 
 if TYPE_CHECKING:
+    from patchsight_serve.client import Client
     from patchsight_serve.embedder import Embedder
+    from patchsight_serve.encoder import Encoder
+
+OUTAGE_S = 120.0  # that bulk work waits for a server which is not there: long enough to start it again
 
 
 class EmbedderSettings(CommandSettings):
@@ -38,19 +42,30 @@ def open_embedder(settings: EmbedderSettings) -> Iterator["Embedder"]:
         PatchsightError: the server cannot be reached.
     """
     if settings.server is not None:
-        from patchsight_serve.client import Client
-
-        key = settings.api_key.get_secret_value() if settings.api_key else None
-        with Client(settings.server, key, encoder=settings.encoder, output=settings.output) as client:
+        with open_client(settings, settings.server) as client:
             yield client
         return
     from patchsight_serve.embedder import LocalEmbedder
+
+    yield LocalEmbedder(open_encoder(settings, settings.encoder), settings.output)
+
+
+def open_client(settings: EmbedderSettings, server: str) -> "Client":
+    """The server, which is waited for while it is busy or starts again. Raises as `open_embedder`."""
+    from patchsight_serve.client import Client
+
+    key = settings.api_key.get_secret_value() if settings.api_key else None
+    return Client(server, key, encoder=settings.encoder, output=settings.output, outage_s=OUTAGE_S)
+
+
+def open_encoder(settings: EmbedderSettings, name: str | None) -> "Encoder":
+    """An encoder in this process; None: the default one. Raises NotFound."""
     from patchsight_serve.encoder import default_name
     from patchsight_serve.repository import load_encoders  # ONNX Runtime: not needed where a server does the work
 
     encoders = load_encoders(settings.model_repository)
-    name = settings.encoder or default_name(encoders)
+    name = name or default_name(encoders)
     if name not in encoders:
         message = f"--encoder {name!r} is not in {settings.model_repository}; there are {', '.join(encoders)}"
         raise NotFound(message, "encoder")
-    yield LocalEmbedder(encoders[name], settings.output)
+    return encoders[name]
