@@ -124,6 +124,12 @@ class Client:
         """
         return self._run(self._talk.neighbors(picture, False, query))
 
+    def neighbors_each(
+        self, pictures: Iterable[Picture], **query: object
+    ) -> Iterator[list[Neighbor] | PatchsightError]:
+        """For each picture, in order, what `neighbors` gives, or what is wrong with the picture."""
+        return self._each(([picture] for picture in pictures), lambda one: self._talk.neighbors_each(one, query))
+
     def neighbors_of(self, id: str, **query: object) -> list[Neighbor]:
         """As `neighbors`, of the indexed image of that id, which is left out itself."""
         return self._run(self._talk.neighbors(id, True, query))

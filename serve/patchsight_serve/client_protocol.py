@@ -191,6 +191,20 @@ class Conversation:
             call = Call("POST", "/neighbors", said, JSON, _good((yield from _encoded([picture], None))))
         return [Neighbor(**found) for found in (yield from self._ask(call)).json()["neighbors"]]
 
+    def neighbors_each(
+        self, pictures: Sequence[Picture], query: Mapping[str, object]
+    ) -> Steps[list[list[Neighbor] | PatchsightError]]:
+        """One result per picture, in order."""
+        results: list[list[Neighbor] | PatchsightError] = []
+        for picture in pictures:
+            try:
+                results.append((yield from self.neighbors(picture, False, query)))
+            except PatchsightError as error:
+                if not _is_about_image(error):
+                    raise
+                results.append(error)
+        return results
+
     def duplicates(self, query: Mapping[str, object]) -> Steps[list[Group]]:
         """Page after page, up to `limit` groups if that is asked for."""
         said, groups = _said(query), []

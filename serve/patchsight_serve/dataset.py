@@ -152,7 +152,7 @@ def from_parquet(files: Sequence[Path]) -> Dataset:
     if "image" in table.column_names:
         paths = table.column("image").combine_chunks().field("path").to_pylist()
     names = [path or f"row {i}" for i, path in enumerate(paths)]
-    return Dataset(names, labels_of(table, files[0]), class_names(table.schema), BinaryColumn(footers, "image.bytes"))
+    return Dataset(names, *labels_of(table, files[0]), BinaryColumn(footers, "image.bytes"))
 
 
 def _check_columns(path: Path, schema: pa.Schema) -> None:
@@ -163,16 +163,37 @@ def _check_columns(path: Path, schema: pa.Schema) -> None:
         )
 
 
-def labels_of(table: pa.Table, file: Path) -> np.ndarray[Any, np.dtype[np.int64]] | None:
-    """As `Dataset.labels`. Raises InvalidRequest, naming `file`, where they are no whole numbers."""
+Labels = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def labels_of(table: pa.Table, file: Path) -> tuple[Labels | None, list[str] | None]:
+    """`Dataset.labels` and `Dataset.class_names` of a table whose column `label` holds numbers or texts.
+
+    Raises InvalidRequest, naming `file`, where it holds something else.
+    """
     if "label" not in table.column_names:
-        return None
+        return None, class_names(table.schema)
+    column, kind = table.column("label"), table.schema.field("label").type
+    if pa.types.is_dictionary(kind):
+        column, kind = column.cast(kind.value_type), kind.value_type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        labels, names = classes_of(column.to_pylist())
+        return (labels, names) if (labels >= 0).any() else (None, None)
     try:
-        column = table.column("label").cast(pa.int64()).fill_null(-1)
+        labels = column.cast(pa.int64()).fill_null(-1).to_numpy()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise InvalidRequest(f"{file}: its column `label` does not hold whole numbers: {error}") from None
-    labels = column.to_numpy()
-    return labels if (labels >= 0).any() else None
+        raise InvalidRequest(f"{file}: its column `label` holds neither whole numbers nor texts: {error}") from None
+    return labels if (labels >= 0).any() else None, class_names(table.schema)
+
+
+def classes_of(labels: Sequence[str | None]) -> tuple[Labels, list[str] | None]:
+    """Labels that are texts as numbers int64, −1 for None, and the classes' names, in alphabetical order. Where all are
+    whole numbers, these, and no names."""
+    names = sorted({label for label in labels if label is not None})
+    if all(name.isdecimal() and name == str(int(name)) and int(name) < 2**63 for name in names):
+        return np.array([-1 if label is None else int(label) for label in labels], np.int64), None
+    number: dict[str | None, int] = {name: i for i, name in enumerate(names)}
+    return np.array([number.get(label, -1) for label in labels], np.int64), names
 
 
 def class_names(schema: pa.Schema) -> list[str] | None:
