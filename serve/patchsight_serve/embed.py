@@ -40,12 +40,17 @@ class EmbedSettings(EmbedderSettings):
     skipped: Path | None = Field(
         None, description="the file that lists what was left out, and why (default: OUT.skipped.jsonl, or GALLERY's)"
     )
+    ray: CliToggleFlag[bool] = Field(
+        False, description="--out: by Ray Data, on the cluster at RAY_ADDRESS, else on all cores of this machine"
+    )
     restart: CliToggleFlag[bool] = Field(False, description="--out: throw away what was done before a stop")
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
         if (self.out is None) == (self.gallery is None):
             raise ValueError("where to? --out FILE for Parquet, or --gallery NAME, one of them")
+        if self.gallery is not None and self.ray:
+            raise ValueError("--ray is for --out; a gallery takes images from one process")
         if self.gallery is not None and self.output != "recommended":
             raise ValueError(f"galleries hold the recommended embedding, not --output {self.output}")
         return self
@@ -82,10 +87,15 @@ def to_file(settings: EmbedSettings, out: Path) -> None:
     dataset = read_sources(settings.sources)
     with open_embedder(settings) as embedder, progress_bar() as progress:
         task = progress.add_task("embed", total=len(dataset))
+        if settings.ray:
+            from patchsight_serve.ray_work import by_ray
+
+            work = by_ray(dataset, settings, embedder)
+        else:
+            work = embedding(dataset, embedder)
         count, skipped = file.make(
-            dataset, embedder.encoder, embedder.output, embedding(dataset, embedder),
-            lambda n: progress.advance(task, n),
-        )  # fmt: skip
+            dataset, embedder.encoder, embedder.output, work, lambda n: progress.advance(task, n)
+        )
     _tell(skipped, len(dataset))
     print(f"{out}: {count:,} embeddings of {embedder.encoder.name} ({embedder.output})")
 

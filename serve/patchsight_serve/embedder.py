@@ -39,10 +39,13 @@ class Embedder(Protocol):
 class LocalEmbedder:
     """An encoder of this process; the next batch is decoded while one is encoded.
 
-    output: `recommended`, `cls`, `mean` or `both`. Raises InvalidRequest if the encoder does not have it.
+    output: `recommended`, `cls`, `mean` or `both`. threads: that decode, None for one per core. Raises InvalidRequest
+    if the encoder does not have the output.
     """
 
-    def __init__(self, encoder: Encoder, output: str = "recommended", batch: int = BATCH) -> None:
+    def __init__(
+        self, encoder: Encoder, output: str = "recommended", batch: int = BATCH, threads: int | None = None
+    ) -> None:
         manifest = encoder.manifest
         self.encoder = Identity(manifest.name, manifest.sha256)
         self.output = manifest.recommended if output == "recommended" else output
@@ -51,11 +54,11 @@ class LocalEmbedder:
             have = ", ".join(name for name in manifest.outputs if name.endswith("_embedding"))
             raise InvalidRequest(f"encoder {manifest.name!r} has no {self._graph_name}; it has {have}", "output")
         self._encoder = encoder
-        self._batch = batch
+        self._batch, self._threads = batch, threads or os.cpu_count()
 
     def embed_each(self, images: Iterable[bytes]) -> Iterator[F32 | PatchsightError]:
         """As in `Embedder`."""
-        with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode") as pool:
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="decode") as pool:
             ahead: deque[list[Future[Pixels | PatchsightError]]] = deque()
             for batch in batches(images, self._batch):
                 ahead.append([pool.submit(self._decode, data) for data in batch])

@@ -34,8 +34,8 @@ class EmbedderSettings(CommandSettings):
 
 
 @contextmanager
-def open_embedder(settings: EmbedderSettings) -> Iterator["Embedder"]:
-    """The server, or an encoder in this process.
+def open_embedder(settings: EmbedderSettings, threads: int | None = None) -> Iterator["Embedder"]:
+    """The server, or an encoder in this process with so many threads (None: one per core).
 
     Raises:
         NotFound: there is no such encoder. InvalidRequest: it has no such output, or `server` is no URL.
@@ -47,7 +47,7 @@ def open_embedder(settings: EmbedderSettings) -> Iterator["Embedder"]:
         return
     from patchsight_serve.embedder import LocalEmbedder
 
-    yield LocalEmbedder(open_encoder(settings, settings.encoder), settings.output)
+    yield LocalEmbedder(open_encoder(settings, settings.encoder, threads), settings.output, threads=threads)
 
 
 def open_client(settings: EmbedderSettings, server: str) -> "Client":
@@ -58,14 +58,16 @@ def open_client(settings: EmbedderSettings, server: str) -> "Client":
     return Client(server, key, encoder=settings.encoder, output=settings.output, outage_s=OUTAGE_S)
 
 
-def open_encoder(settings: EmbedderSettings, name: str | None) -> "Encoder":
-    """An encoder in this process; None: the default one. Raises NotFound."""
+def open_encoder(settings: EmbedderSettings, name: str | None, threads: int | None = None) -> "Encoder":
+    """An encoder in this process; None: the default one. Raises NotFound, BundleError."""
+    from patchsight_serve import repository  # ONNX Runtime: not needed where a server does the work
     from patchsight_serve.encoder import default_name
-    from patchsight_serve.repository import load_encoders  # ONNX Runtime: not needed where a server does the work
 
-    encoders = load_encoders(settings.model_repository)
-    name = name or default_name(encoders)
-    if name not in encoders:
-        message = f"--encoder {name!r} is not in {settings.model_repository}; there are {', '.join(encoders)}"
+    if name is None:
+        encoders = repository.load_encoders(settings.model_repository, threads)
+        return encoders[default_name(encoders)]
+    bundles = {bundle.name: bundle for bundle in repository.needed_bundles(settings.model_repository)}
+    if name not in bundles:
+        message = f"--encoder {name!r} is not in {settings.model_repository}; there are {', '.join(bundles)}"
         raise NotFound(message, "encoder")
-    return encoders[name]
+    return repository.load_encoder(bundles[name], threads)
