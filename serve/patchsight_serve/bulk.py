@@ -36,8 +36,8 @@ class BulkFile:
             raise _exists(out)
 
     def restart(self) -> None:
-        """Throw away what was done."""
-        journals.remove(self._journal)
+        """Throw away what was done. Raises Conflict where another process is at it."""
+        journals.discard(self._journal)
 
     def make(
         self, dataset: Dataset, encoder: Identity, output: str, work: Work, advance: Callable[[int], None]

@@ -3,7 +3,7 @@
 import errno
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,6 +128,14 @@ class Journal:
             if code in FULL or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise StorageFull(f"no space left for {self.path}; what is done is safe: go on when there is") from None
             raise PatchsightError(f"{self.path}: {error}") from error
+
+
+def discard(path: Path) -> None:
+    """Remove a journal, or whatever is in its place, if it is there. Raises Conflict where a process works with it."""
+    if path.exists():
+        with suppress(InvalidRequest):  # it is none
+            Journal(path, {}).close()
+        remove(path)
 
 
 def remove(path: Path) -> None:

@@ -86,6 +86,22 @@ def test_a_full_disk_costs_what_was_not_put(tmp_path: Path, monkeypatch: pytest.
         journal.put(done(*range(put, put + 9)))
 
 
+def test_what_another_process_works_with_is_not_thrown_away(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    with closing(Journal(path, PLAN)) as journal:
+        journal.put(done(1, 2))
+        with pytest.raises(Conflict, match="another process is at this work"):
+            journals.discard(path)
+    with closing(Journal(path, PLAN)) as journal:
+        assert same(list(journal.rows()), done(1, 2))
+    for _ in range(2):  # the second time there is none
+        journals.discard(path)
+        assert list(tmp_path.iterdir()) == []
+    path.write_text("no journal" * 100)
+    journals.discard(path)
+    assert not path.exists()
+
+
 def test_a_stray_log_without_its_file_is_nobodys(tmp_path: Path) -> None:
     """`remove` that was killed behind the file itself."""
     path = tmp_path / "j"
