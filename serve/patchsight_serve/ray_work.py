@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PART = 8 * BATCH  # images, at least: a second's work or more, beside which the cost of a task is nothing
 MOST_PARTS = 4000  # whose bookkeeping Ray does without effort
+STARTS = 3  # it gives its processes half a minute, which a busy machine may not have
 _SCHEMA = pa.schema([("row", pa.int64()), ("vector", pa.binary()), ("reason", pa.string())])
 
 
@@ -75,11 +76,16 @@ def _ray() -> Any:
 
 
 def _start(ray: Any) -> None:
-    """Its own bar and its lines would be between ours."""
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
-    else:
-        ray.init("local", include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    """Its own bar and its lines would be between ours. Raises PatchsightError."""
+    where: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"address": "local", "include_dashboard": False}
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(**where, log_to_driver=False, logging_level=logging.WARNING)
+            break
+        except Exception as error:  # a plain one where its processes take too long
+            ray.shutdown()
+            if not left:
+                raise PatchsightError(f"Ray did not start: {error}") from error
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     ray.data.DataContext.get_current().enable_progress_bars = False
 

@@ -102,16 +102,30 @@ def workers_of(pid: int) -> list[int]:
     return [worker for worker in workers if descends(worker)]
 
 
+@pytest.fixture(scope="module")
+def expected(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, list[str]]:
+    """What the single process writes."""
+    alone = tmp_path_factory.mktemp("alone") / "e.parquet"
+    found = written(started(photos, alone), alone)
+    assert len(read_embeddings(alone)) == len(set(read_embeddings(alone).names)) == IMAGES * 99 // 100
+    assert len(found[1]) == IMAGES // 100
+    return found
+
+
 @pytest.mark.acceptance
 @pytest.mark.timeout(1800)
-def test_ray_and_one_process_write_the_same_file_also_when_a_worker_is_killed(photos: Path, tmp_path: Path) -> None:
-    alone = tmp_path / "alone.parquet"
-    expected = written(started(photos, alone), alone)
-    assert len(read_embeddings(alone)) == len(set(read_embeddings(alone).names)) == IMAGES * 99 // 100
-    assert len(expected[1]) == IMAGES // 100
+def test_ray_and_one_process_write_the_same_file(
+    photos: Path, expected: tuple[bytes, list[str]], tmp_path: Path
+) -> None:
     out = tmp_path / "ray.parquet"
     assert written(started(photos, out, "--ray"), out) == expected
 
+
+@pytest.mark.acceptance
+@pytest.mark.timeout(1800)
+def test_so_they_do_when_a_worker_is_killed_midway(
+    photos: Path, expected: tuple[bytes, list[str]], tmp_path: Path
+) -> None:
     out = tmp_path / "killed.parquet"
     process = started(photos, out, "--ray")
     while not Path(f"{out}.skipped.jsonl").exists():  # the first part is done, others are in work
