@@ -8,13 +8,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from patchsight_serve import embed
+from patchsight_serve import embed, ray_work
 from patchsight_serve.dataset import read_dataset
 from patchsight_serve.embedding_file import read_embeddings
+from patchsight_serve.errors import PatchsightError
 from patchsight_serve.sample_gallery import SAMPLES
 from patchsight_serve.sources import read_sources
 
@@ -50,6 +52,34 @@ def test_a_gallery_is_not_rays(capsys: pytest.CaptureFixture[str]) -> None:
         embed.main([str(SAMPLES), "--gallery", "mine", "--ray"])
     assert exit.value.code == 2
     assert "--ray is for --out" in capsys.readouterr().err
+
+
+class Slow:
+    """Ray on a machine that is too busy for it, `times` times."""
+
+    def __init__(self, times: int) -> None:
+        self.times, self.asked, self.data = times, [], SimpleNamespace(DataContext=SimpleNamespace(get_current=dict))
+
+    def init(self, address: str | None = None, **_: object) -> None:
+        self.asked.append(address)
+        if len(self.asked) <= self.times:
+            raise Exception("The current node timed out during startup.")
+
+    def shutdown(self) -> None:
+        pass
+
+
+def test_ray_that_does_not_start_is_asked_again_and_then_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Slow(times=3)
+    with pytest.raises(PatchsightError, match="Ray did not start: The current node timed out"):
+        ray_work._start(slow)
+    assert slow.asked == ["local"] * 3
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    slow = Slow(times=2)
+    slow.data.DataContext.get_current = lambda: slow  # which keeps what it is told
+    ray_work._start(slow)
+    assert slow.asked == [None] * 3
+    assert slow.enable_progress_bars is False
 
 
 @pytest.fixture(scope="module")
