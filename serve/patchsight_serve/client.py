@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -11,14 +11,16 @@ import httpx
 
 from patchsight_serve.async_client import AsyncClient
 from patchsight_serve.client_images import Picture
-from patchsight_serve.client_protocol import Conversation, Options, Row
+from patchsight_serve.client_protocol import Conversation, New, Options, Row
 from patchsight_serve.client_steps import Call, Step, Steps, Wait, Work
 from patchsight_serve.encoder import Values
+from patchsight_serve.errors import PatchsightError
 from patchsight_serve.group import Cluster, Group
-from patchsight_serve.item import Identity, Neighbor
+from patchsight_serve.item import Added, Identity, Neighbor
 
 __all__ = ["AsyncClient", "Client", "Picture"]
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -66,15 +68,40 @@ class Client:
 
     def embed_each(self, pictures: Iterable[Picture]) -> Iterator[Row]:
         """For each picture, in order, its embedding float32 `(D,)`, or what is wrong with the picture."""
+        return self._each(self._talk.batches(pictures), self._talk.embed)
+
+    def add_each(self, images: Iterable[New], **query: object) -> Iterator[Added | PatchsightError]:
+        """Add images to a gallery; for each, in order, its id and whether it is new, or what is wrong with it. What is
+        there already, by id and bytes, stays as it is.
+
+        images: pairs of a picture and a dictionary with `id`, `label` and `metadata`, none of which is needed.
+        query: `gallery`, `encoder`, `replace`, as `POST /gallery/images` has them.
+        """
+        return self._each(self._talk.new_batches(images), lambda batch: self._talk.add(batch, query))
+
+    def gallery(self, **query: object) -> dict[str, Any]:
+        """What there is in a gallery, `gallery=`, as `GET /gallery` tells it. Raises NotFound."""
+        return self._run(self._talk.gallery(query))
+
+    def gallery_images(self, **query: object) -> Iterator[dict[str, Any]]:
+        """All images of a gallery, `gallery=`, in the order of their ids: id, label, metadata, sha256."""
+        cursor: str | None = ""
+        while cursor is not None:
+            page = self._run(self._talk.page({**query, "limit": 1000, "cursor": cursor}))
+            yield from page["images"]
+            cursor = page["next_cursor"]
+
+    def _each(self, batches: Iterable[list[S]], steps: Callable[[list[S]], Steps[list[T]]]) -> Iterator[T]:
+        """What comes of each thing in the batches, in order; several batches at a time."""
         left = threading.Event()
 
-        def work(batch: list[Picture]) -> list[Row]:
-            return self._run(self._talk.embed(batch), left)
+        def work(batch: list[S]) -> list[T]:
+            return self._run(steps(batch), left)
 
         with ThreadPoolExecutor(self._talk.concurrency, thread_name_prefix="client") as pool:
-            ahead: deque[Future[list[Row]]] = deque()
+            ahead: deque[Future[list[T]]] = deque()
             try:
-                for batch in self._talk.batches(pictures):
+                for batch in batches:
                     ahead.append(pool.submit(work, batch))
                     if len(ahead) > self._talk.concurrency:
                         yield from ahead.popleft().result()
@@ -96,6 +123,12 @@ class Client:
             `min_score`, as `POST /neighbors` has them.
         """
         return self._run(self._talk.neighbors(picture, False, query))
+
+    def neighbors_each(
+        self, pictures: Iterable[Picture], **query: object
+    ) -> Iterator[list[Neighbor] | PatchsightError]:
+        """For each picture, in order, what `neighbors` gives, or what is wrong with the picture."""
+        return self._each(([picture] for picture in pictures), lambda one: self._talk.neighbors_each(one, query))
 
     def neighbors_of(self, id: str, **query: object) -> list[Neighbor]:
         """As `neighbors`, of the indexed image of that id, which is left out itself."""

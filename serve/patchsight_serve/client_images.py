@@ -2,9 +2,9 @@
 
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -13,6 +13,7 @@ from patchsight_serve.decode import decode, fit, to_rgb
 from patchsight_serve.errors import InvalidRequest, PatchsightError
 from patchsight_serve.manifest import Transform
 
+T = TypeVar("T")
 # An encoded image, the path of one, a Pillow image, or an array uint8 (H, W), (H, W, 3) or (H, W, 4).
 Picture = bytes | bytearray | memoryview | str | os.PathLike[str] | Image.Image | np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -43,20 +44,25 @@ def batches(pictures: Iterable[Picture], most: int, most_bytes: int, side: int |
         raise InvalidRequest(f"one {type(pictures).__name__} was given for a list of pictures")
     if isinstance(pictures, np.ndarray) and pictures.ndim != 4:
         raise InvalidRequest(f"an array {pictures.shape} is no list of pictures; one is (N, H, W, 3)")
-    batch: list[Picture] = []
+    yield from cut(pictures, most, most_bytes, weight if side is None else lambda _: side * side * 3)
+
+
+def cut(items: Iterable[T], most: int, most_bytes: int, weigh: Callable[[T], int]) -> Iterator[list[T]]:
+    """As `batches`, of anything that has a weight in bytes."""
+    batch: list[T] = []
     size = 0
-    for picture in pictures:
-        weight = _weight(picture) if side is None else side * side * 3
+    for item in items:
+        weight = weigh(item)
         if batch and (len(batch) == most or size + weight > most_bytes):
             yield batch
             batch, size = [], 0
-        batch.append(picture)
+        batch.append(item)
         size += weight
     if batch:
         yield batch
 
 
-def _weight(picture: Picture) -> int:
+def weight(picture: Picture) -> int:
     """Bytes that it will have, or the most that they can be; a file that is not there has none."""
     if isinstance(picture, bytes | bytearray):
         return len(picture)

@@ -10,16 +10,17 @@ import numpy as np
 import orjson
 from pydantic import ValidationError
 
-from patchsight_serve.client_images import Picture, batches, encoded
+from patchsight_serve.client_images import Picture, batches, cut, encoded, weight
 from patchsight_serve.client_steps import JSON, NPY, Call, Steps, Work, ask, named
 from patchsight_serve.encoder import Values
 from patchsight_serve.errors import Conflict, InvalidRequest, NotFound, PatchsightError, TooLarge
 from patchsight_serve.group import Cluster, Group, LabelCount, Member, Typical
-from patchsight_serve.item import Identity, Neighbor
+from patchsight_serve.item import Added, Identity, Neighbor
 from patchsight_serve.manifest import Transform
 
 H = TypeVar("H", httpx.Client, httpx.AsyncClient)
 Row = Values | PatchsightError  # float32 (D,), or what is wrong with the image
+New = tuple[Picture, Mapping[str, Any]]  # for a gallery, with `id`, `label` and `metadata`, as far as it has them
 
 
 class Options(TypedDict, total=False):
@@ -33,6 +34,7 @@ class Options(TypedDict, total=False):
     concurrency: int  # requests at once: 4
     timeout_s: float  # without any byte of an answer: 120
     patience_s: float  # that a request is repeated for while the server is busy: 300
+    outage_s: float  # that one is repeated for while the server is not there: 0, which is once
 
 
 class Conversation:
@@ -44,7 +46,7 @@ class Conversation:
     def __init__(
         self, url: str, key: str | None = None, *, encoder: str | None = None, output: str = "recommended",
         resize: bool = False, batch: int = 32, batch_bytes: int = 16 * 1024 * 1024, concurrency: int = 4,
-        timeout_s: float = 120.0, patience_s: float = 300.0,
+        timeout_s: float = 120.0, patience_s: float = 300.0, outage_s: float = 0.0,
     ) -> None:  # fmt: skip
         for name, value in (("batch", batch), ("batch_bytes", batch_bytes), ("concurrency", concurrency)):
             if value < 1:
@@ -52,7 +54,7 @@ class Conversation:
         self.url = url.rstrip("/")
         self.concurrency = concurrency
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._timeout_s, self._patience_s = timeout_s, patience_s
+        self._timeout_s, self._patience_s, self._outage_s = timeout_s, patience_s, outage_s
         self._batch, self._batch_bytes, self._resize = batch, batch_bytes, resize
         self._wanted, self._wanted_output = encoder, output
         self._transform: Transform | None = None
@@ -143,6 +145,43 @@ class Conversation:
         query = {"head": head} | ({} if mass is None else {"mass": str(mass)})
         return self._array((yield from self._ask(self._about("/attention", images, NPY, **query))))
 
+    def new_batches(self, images: Iterable[New]) -> Iterator[list[New]]:
+        """Cut by number and by bytes."""
+        return cut(images, self._batch, self._batch_bytes, lambda new: weight(new[0]))
+
+    def add(self, images: Sequence[New], query: Mapping[str, object]) -> Steps[list[Added | PatchsightError]]:
+        """To a gallery: one result per image, in order."""
+        data = yield from _encoded([picture for picture, _ in images], None)
+        good = [(d, item) for d, (_, item) in zip(data, images, strict=True) if isinstance(d, bytes)]
+        results = iter((yield from self._add(good, query)) if good else ())
+        return [d if isinstance(d, PatchsightError) else next(results) for d in data]
+
+    def _add(
+        self, images: Sequence[tuple[bytes, Mapping[str, Any]]], query: Mapping[str, object]
+    ) -> Steps[list[Added | PatchsightError]]:
+        items = orjson.dumps([item for _, item in images]).decode()
+        call = Call("POST", "/gallery/images", _said(query), JSON, [data for data, _ in images], {"items": items})
+        try:
+            results = (yield from self._ask(call)).json()["results"]
+        except PatchsightError as error:
+            if len(images) == 1 and _is_about_image(error):
+                return [error]
+            if not isinstance(error, TooLarge):
+                raise
+            middle = len(images) // 2  # the server allows fewer images or bytes than we thought
+            return (yield from self._add(images[:middle], query)) + (yield from self._add(images[middle:], query))
+        return [named(**r["error"]) if "error" in r else Added(r["id"], r["created"]) for r in results]
+
+    def gallery(self, query: Mapping[str, object]) -> Steps[dict[str, Any]]:
+        """What `GET /gallery` tells."""
+        found: dict[str, Any] = (yield from self._ask(Call("GET", "/gallery", _said(query)))).json()
+        return found
+
+    def page(self, query: Mapping[str, object]) -> Steps[dict[str, Any]]:
+        """What `GET /gallery/images` tells."""
+        found: dict[str, Any] = (yield from self._ask(Call("GET", "/gallery/images", _said(query)))).json()
+        return found
+
     def neighbors(self, picture: Picture | str, by_id: bool, query: Mapping[str, object]) -> Steps[list[Neighbor]]:
         """Of a picture, or of the indexed image of that id."""
         said = _said(query)
@@ -151,6 +190,20 @@ class Conversation:
         else:
             call = Call("POST", "/neighbors", said, JSON, _good((yield from _encoded([picture], None))))
         return [Neighbor(**found) for found in (yield from self._ask(call)).json()["neighbors"]]
+
+    def neighbors_each(
+        self, pictures: Sequence[Picture], query: Mapping[str, object]
+    ) -> Steps[list[list[Neighbor] | PatchsightError]]:
+        """One result per picture, in order."""
+        results: list[list[Neighbor] | PatchsightError] = []
+        for picture in pictures:
+            try:
+                results.append((yield from self.neighbors(picture, False, query)))
+            except PatchsightError as error:
+                if not _is_about_image(error):
+                    raise
+                results.append(error)
+        return results
 
     def duplicates(self, query: Mapping[str, object]) -> Steps[list[Group]]:
         """Page after page, up to `limit` groups if that is asked for."""
@@ -171,7 +224,7 @@ class Conversation:
         ]
 
     def _ask(self, call: Call) -> Steps[httpx.Response]:
-        return ask(call, self.url, self._patience_s)
+        return ask(call, self.url, self._patience_s, self._outage_s)
 
     def _about(self, path: str, images: Sequence[bytes], accept: str, **query: str) -> Call:
         fitted = {"fitted": "true"} if self._transform else {}
@@ -212,6 +265,12 @@ def _said(query: Mapping[str, object]) -> dict[str, str | list[str]]:
         elif value is not None:
             said[name] = str(value)
     return said
+
+
+def _is_about_image(error: PatchsightError) -> bool:
+    """Whether an error that a request with one image got is that of the image."""
+    about = error.param or ""
+    return about in ("id", "label", "metadata", "items") or about.startswith("images[") or isinstance(error, TooLarge)
 
 
 def _encoded(pictures: Sequence[Picture], transform: Transform | None) -> Steps[list[bytes | PatchsightError]]:

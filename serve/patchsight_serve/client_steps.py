@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import httpx
 
 from patchsight_serve import errors
-from patchsight_serve.errors import NotReady, Overloaded, PatchsightError
+from patchsight_serve.errors import DeadlineExceeded, NotReady, Overloaded, PatchsightError
 
 T = TypeVar("T")
 JSON, NPY = "application/json", "application/x-npy"
@@ -30,6 +30,7 @@ class Call:
     query: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
     accept: str = JSON
     images: Sequence[bytes] = ()
+    fields: Mapping[str, str] = field(default_factory=dict)  # of the form, beside the images
 
     def arguments(self) -> dict[str, Any]:
         """For httpx's `request`."""
@@ -37,6 +38,7 @@ class Call:
         headers = {"Accept": self.accept}
         return {
             "method": self.method, "url": self.path, "params": self.query, "headers": headers, "files": files or None,
+            "data": self.fields or None,
         }  # fmt: skip
 
 
@@ -58,32 +60,37 @@ Step = Call | Wait | Work
 Steps = Generator[Step, Any, T]
 
 
-def ask(call: Call, url: str, patience_s: float) -> Steps[httpx.Response]:
-    """A good reply. Repeats a call while the server is busy, for as long as `patience_s`, and once each if it is
-    not ready or the connection breaks: nothing that is asked here changes anything, so that twice does no harm.
+def ask(call: Call, url: str, patience_s: float, outage_s: float = 0.0) -> Steps[httpx.Response]:
+    """A good reply. Repeats a call while the server is busy, for as long as `patience_s`; and once each if it is
+    not ready or the connection breaks, or for as long as `outage_s`, and then after a deadline that passed, too.
+    Nothing that is asked here does more when it is asked twice.
 
     Raises the server's error, PatchsightError if it cannot be reached.
     """
     end = time.monotonic() + patience_s
+    outage = time.monotonic() + outage_s
     excused: set[object] = set()
     while True:
         try:
             reply: httpx.Response = yield call
         except httpx.HTTPError as error:
             broken = isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError)
-            if not broken or "connection" in excused:
+            lasting = "connection" in excused and time.monotonic() >= outage
+            if not broken or lasting:
                 raise PatchsightError(f"{url}: {str(error) or type(error).__name__}") from error
+            wait = 1.0 if "connection" in excused else 0.2
             excused.add("connection")
-            wait = 0.2
         else:
             if reply.is_success:
                 return reply
-            busy = reply.status_code == Overloaded.status and time.monotonic() < end
-            if not busy and (reply.status_code != NotReady.status or NotReady.status in excused):
+            now, status = time.monotonic(), reply.status_code
+            busy = status == Overloaded.status and now < end
+            out = status in (NotReady.status, DeadlineExceeded.status) and now < outage
+            if not (busy or out) and (status != NotReady.status or NotReady.status in excused):
                 raise _error_of(reply)
-            excused.add(reply.status_code)
+            excused.add(status)
             told = reply.headers.get("Retry-After", "1")
-            wait = min(int(told), LONGEST_WAIT_S) if told.isdecimal() else 1
+            wait = min(int(told), LONGEST_WAIT_S) if told.isdecimal() else 1.0
         yield Wait(wait * (1 + JITTER * random.random()))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from threading import Lock
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -38,8 +38,15 @@ class BinaryColumn:
         self._strange = {c for c, chunk in enumerate(self._chunks) if not chunk.known}
         self._pages: dict[int, list[Page]] = {}
         self._verbatim: dict[Key, tuple[I64, I64]] = {}  # where the values of a page begin and end in the file
-        self._locks = [Lock() for _ in range(61)]  # one for each key that hashes to it
+        self._locks = _locks()
         self.kept = Kept(keep)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which reads on its own, and from the same files alone."""
+        return vars(self) | {"_locks": None, "kept": self.kept.most}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state | {"_locks": _locks(), "kept": Kept(state["kept"])})
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -152,6 +159,11 @@ class Kept:
                 self._held += values.nbytes
             while self._held > self.most and len(self._values) > 1:
                 self._held -= self._values.popitem(last=False)[1].nbytes
+
+
+def _locks() -> list[Lock]:
+    """One for each key that hashes to it."""
+    return [Lock() for _ in range(61)]
 
 
 def _identity(stat: os.stat_result) -> tuple[int, int]:

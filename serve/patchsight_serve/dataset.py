@@ -6,10 +6,10 @@ Knows where the encoded bytes are and what they are called; it does not decode.
 import glob
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,17 @@ from patchsight_serve.column import BinaryColumn
 from patchsight_serve.errors import InvalidRequest
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif"}
+
+
+class Content(Protocol):
+    """Encoded images that do not lie in files of their own."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they take there."""
+
+    def __getitem__(self, i: int) -> bytes:
+        """As `Dataset.read`."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,7 @@ class Dataset:
     names: list[str]
     labels: np.ndarray[Any, np.dtype[np.int64]] | None
     class_names: list[str] | None
-    _content: Path | BinaryColumn  # the folder, or the column
+    _content: Path | Content  # the folder, or the column
 
     def __len__(self) -> int:
         return len(self.names)
@@ -42,6 +53,11 @@ class Dataset:
     def parquet(self) -> BinaryColumn | None:
         """The column of the encoded images, where they lie in Parquet files."""
         return self._content if isinstance(self._content, BinaryColumn) else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the images in Parquet files; those of files of their own are not counted, which would take long."""
+        return 0 if isinstance(self._content, Path) else self._content.nbytes
 
     def read(self, i: int) -> bytes:
         """The encoded bytes of image `i`; any number of threads may ask, in any order.
@@ -64,7 +80,7 @@ def read_dataset(source: str | Path) -> Dataset:
     """
     files = parquet_files(source)
     if files:
-        return _from_parquet(files)
+        return from_parquet(files)
     if not Path(source).is_dir():
         raise InvalidRequest(f"{source}: no such folder, file or glob of Parquet files")
     return _from_folder(Path(source))
@@ -82,6 +98,11 @@ def _from_folder(root: Path) -> Dataset:
     names = sorted(_image_files(root), key=lambda name: name.split("/"))
     if not names:
         raise InvalidRequest(f"{root}: no image in this folder; we look for {', '.join(sorted(SUFFIXES))}")
+    return from_files(root, names)
+
+
+def from_files(root: Path, names: list[str]) -> Dataset:
+    """Files below a folder, in this order: labelled where all lie in first-level subfolders of it."""
     if not all("/" in name for name in names):
         return Dataset(names, None, None, root)
     classes = sorted({name.split("/")[0] for name in names})
@@ -108,8 +129,8 @@ def _image_files(root: Path) -> Iterator[str]:
                 yield folder + entry.name
 
 
-def _from_parquet(files: list[Path]) -> Dataset:
-    """Names and labels are read now, the images when asked for."""
+def from_parquet(files: Sequence[Path]) -> Dataset:
+    """Files one behind the other. Names and labels are read now, the images when asked for. Raises InvalidRequest."""
     footers: list[tuple[Path, pq.FileMetaData]] = []
     tables: list[pa.Table] = []
     for path in files:
@@ -131,7 +152,7 @@ def _from_parquet(files: list[Path]) -> Dataset:
     if "image" in table.column_names:
         paths = table.column("image").combine_chunks().field("path").to_pylist()
     names = [path or f"row {i}" for i, path in enumerate(paths)]
-    return Dataset(names, labels_of(table, files[0]), class_names(table.schema), BinaryColumn(footers, "image.bytes"))
+    return Dataset(names, *labels_of(table, files[0]), BinaryColumn(footers, "image.bytes"))
 
 
 def _check_columns(path: Path, schema: pa.Schema) -> None:
@@ -142,16 +163,37 @@ def _check_columns(path: Path, schema: pa.Schema) -> None:
         )
 
 
-def labels_of(table: pa.Table, file: Path) -> np.ndarray[Any, np.dtype[np.int64]] | None:
-    """As `Dataset.labels`. Raises InvalidRequest, naming `file`, where they are no whole numbers."""
+Labels = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def labels_of(table: pa.Table, file: Path) -> tuple[Labels | None, list[str] | None]:
+    """`Dataset.labels` and `Dataset.class_names` of a table whose column `label` holds numbers or texts.
+
+    Raises InvalidRequest, naming `file`, where it holds something else.
+    """
     if "label" not in table.column_names:
-        return None
+        return None, class_names(table.schema)
+    column, kind = table.column("label"), table.schema.field("label").type
+    if pa.types.is_dictionary(kind):
+        column, kind = column.cast(kind.value_type), kind.value_type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        labels, names = classes_of(column.to_pylist())
+        return (labels, names) if (labels >= 0).any() else (None, None)
     try:
-        column = table.column("label").cast(pa.int64()).fill_null(-1)
+        labels = column.cast(pa.int64()).fill_null(-1).to_numpy()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise InvalidRequest(f"{file}: its column `label` does not hold whole numbers: {error}") from None
-    labels = column.to_numpy()
-    return labels if (labels >= 0).any() else None
+        raise InvalidRequest(f"{file}: its column `label` holds neither whole numbers nor texts: {error}") from None
+    return labels if (labels >= 0).any() else None, class_names(table.schema)
+
+
+def classes_of(labels: Sequence[str | None]) -> tuple[Labels, list[str] | None]:
+    """Labels that are texts as numbers int64, −1 for None, and the classes' names, in alphabetical order. Where all are
+    whole numbers, these, and no names."""
+    names = sorted({label for label in labels if label is not None})
+    if all(name.isdecimal() and name == str(int(name)) and int(name) < 2**63 for name in names):
+        return np.array([-1 if label is None else int(label) for label in labels], np.int64), None
+    number: dict[str | None, int] = {name: i for i, name in enumerate(names)}
+    return np.array([number.get(label, -1) for label in labels], np.int64), names
 
 
 def class_names(schema: pa.Schema) -> list[str] | None:

@@ -16,6 +16,8 @@ from patchsight_serve.errors import InvalidRequest, PatchsightError
 from patchsight_serve.item import Identity
 from patchsight_serve.nearest import F32
 
+BATCH = 32  # images that are encoded together
+
 T = TypeVar("T")
 
 
@@ -37,10 +39,13 @@ class Embedder(Protocol):
 class LocalEmbedder:
     """An encoder of this process; the next batch is decoded while one is encoded.
 
-    output: `recommended`, `cls`, `mean` or `both`. Raises InvalidRequest if the encoder does not have it.
+    output: `recommended`, `cls`, `mean` or `both`. threads: that decode, None for one per core. Raises InvalidRequest
+    if the encoder does not have the output.
     """
 
-    def __init__(self, encoder: Encoder, output: str = "recommended", batch: int = 32) -> None:
+    def __init__(
+        self, encoder: Encoder, output: str = "recommended", batch: int = BATCH, threads: int | None = None
+    ) -> None:
         manifest = encoder.manifest
         self.encoder = Identity(manifest.name, manifest.sha256)
         self.output = manifest.recommended if output == "recommended" else output
@@ -49,11 +54,11 @@ class LocalEmbedder:
             have = ", ".join(name for name in manifest.outputs if name.endswith("_embedding"))
             raise InvalidRequest(f"encoder {manifest.name!r} has no {self._graph_name}; it has {have}", "output")
         self._encoder = encoder
-        self._batch = batch
+        self._batch, self._threads = batch, threads or os.cpu_count()
 
     def embed_each(self, images: Iterable[bytes]) -> Iterator[F32 | PatchsightError]:
         """As in `Embedder`."""
-        with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode") as pool:
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="decode") as pool:
             ahead: deque[list[Future[Pixels | PatchsightError]]] = deque()
             for batch in batches(images, self._batch):
                 ahead.append([pool.submit(self._decode, data) for data in batch])
@@ -74,20 +79,23 @@ class LocalEmbedder:
         return [entry if isinstance(entry, PatchsightError) else next(vectors) for entry in decoded]
 
 
-def embed_dataset(dataset: Dataset, embedder: Embedder) -> Iterator[F32 | PatchsightError]:
-    """`embed_each` of all images, in order. One that cannot be read is an error like any other: a file that is gone
-    must not cost the work on the rest."""
+def embed_dataset(
+    dataset: Dataset, embedder: Embedder, rows: Sequence[int] | None = None
+) -> Iterator[F32 | PatchsightError]:
+    """`embed_each` of all images, in order, or of these rows. One that cannot be read is an error like any other: a
+    file that is gone must not cost the work on the rest."""
+    rows = range(len(dataset)) if rows is None else rows
     unread: dict[int, PatchsightError] = {}
 
     def contents() -> Iterator[bytes]:
-        for i in range(len(dataset)):
+        for i in rows:
             try:
                 yield dataset.read(i)
             except (OSError, PatchsightError) as error:
                 unread[i] = PatchsightError(str(error))
                 yield b""
 
-    for i, result in enumerate(embedder.embed_each(contents())):
+    for i, result in zip(rows, embedder.embed_each(contents()), strict=True):
         yield unread.get(i, result)
 
 

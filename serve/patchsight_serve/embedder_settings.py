@@ -12,7 +12,11 @@ from patchsight_serve.errors import NotFound
 from patchsight_serve.manifest import default_repository
 
 if TYPE_CHECKING:
+    from patchsight_serve.client import Client
     from patchsight_serve.embedder import Embedder
+    from patchsight_serve.encoder import Encoder
+
+OUTAGE_S = 120.0  # that bulk work waits for a server which is not there: long enough to start it again
 
 
 class EmbedderSettings(CommandSettings):
@@ -30,27 +34,40 @@ class EmbedderSettings(CommandSettings):
 
 
 @contextmanager
-def open_embedder(settings: EmbedderSettings) -> Iterator["Embedder"]:
-    """The server, or an encoder in this process.
+def open_embedder(settings: EmbedderSettings, threads: int | None = None) -> Iterator["Embedder"]:
+    """The server, or an encoder in this process with so many threads (None: one per core).
 
     Raises:
         NotFound: there is no such encoder. InvalidRequest: it has no such output, or `server` is no URL.
         PatchsightError: the server cannot be reached.
     """
     if settings.server is not None:
-        from patchsight_serve.client import Client
-
-        key = settings.api_key.get_secret_value() if settings.api_key else None
-        with Client(settings.server, key, encoder=settings.encoder, output=settings.output) as client:
+        with open_client(settings, settings.server) as client:
             yield client
         return
     from patchsight_serve.embedder import LocalEmbedder
-    from patchsight_serve.encoder import default_name
-    from patchsight_serve.repository import load_encoders  # ONNX Runtime: not needed where a server does the work
 
-    encoders = load_encoders(settings.model_repository)
-    name = settings.encoder or default_name(encoders)
-    if name not in encoders:
-        message = f"--encoder {name!r} is not in {settings.model_repository}; there are {', '.join(encoders)}"
+    yield LocalEmbedder(open_encoder(settings, settings.encoder, threads), settings.output, threads=threads)
+
+
+def open_client(settings: EmbedderSettings, server: str) -> "Client":
+    """The server, which is waited for while it is busy or starts again. Raises as `open_embedder`."""
+    from patchsight_serve.client import Client
+
+    key = settings.api_key.get_secret_value() if settings.api_key else None
+    return Client(server, key, encoder=settings.encoder, output=settings.output, outage_s=OUTAGE_S)
+
+
+def open_encoder(settings: EmbedderSettings, name: str | None, threads: int | None = None) -> "Encoder":
+    """An encoder in this process; None: the default one. Raises NotFound, BundleError."""
+    from patchsight_serve import repository  # ONNX Runtime: not needed where a server does the work
+    from patchsight_serve.encoder import default_name
+
+    if name is None:
+        encoders = repository.load_encoders(settings.model_repository, threads)
+        return encoders[default_name(encoders)]
+    bundles = {bundle.name: bundle for bundle in repository.needed_bundles(settings.model_repository)}
+    if name not in bundles:
+        message = f"--encoder {name!r} is not in {settings.model_repository}; there are {', '.join(bundles)}"
         raise NotFound(message, "encoder")
-    yield LocalEmbedder(encoders[name], settings.output)
+    return repository.load_encoder(bundles[name], threads)

@@ -4,7 +4,6 @@ Any Parquet reader opens it; `datasets` finds the class names where it looks for
 """
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from patchsight_serve.dataset import class_names, labels_of, parquet_files
+from patchsight_serve.dataset import labels_of, parquet_files
+from patchsight_serve.durable import sync
 from patchsight_serve.errors import InvalidRequest
 from patchsight_serve.item import Identity
 from patchsight_serve.nearest import F32, I64
@@ -67,7 +67,7 @@ def read_embeddings(source: str | Path) -> Embeddings:
             for f, s in zip(files, schemas, strict=True)
         ]
         names = [name for path, table in zip(files, rest, strict=True) for name in _names(path, table)]
-        labels = labels_of(pa.concat_tables(rest, promote_options="permissive"), files[0])
+        labels, classes = labels_of(pa.concat_tables(rest, promote_options="permissive"), files[0])
         vectors = _vectors(files)
     except (OSError, pa.ArrowException) as error:
         raise InvalidRequest(f"{source}: cannot be read as Parquet: {error}") from None
@@ -78,7 +78,7 @@ def read_embeddings(source: str | Path) -> Embeddings:
             name = names[start + bad[0]]
             raise InvalidRequest(f"{source}: the embedding of {name} holds NaN or infinity, or has length 0")
     ((encoder, output),) = makers
-    return Embeddings(names, labels, vectors, class_names(schemas[0]), encoder, output)
+    return Embeddings(names, labels, vectors, classes, encoder, output)
 
 
 def made_by(schema: pa.Schema) -> tuple[Identity | None, str | None]:
@@ -193,9 +193,9 @@ def written(
         writer.flush()
         writer.close()
         if writer.count:
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(partial)
             partial.replace(path)
+            sync(path.parent)
     finally:
         writer.close()
         partial.unlink(missing_ok=True)

@@ -14,8 +14,8 @@ from patchsight_serve.collection import DEFAULT, Galleries
 from patchsight_serve.errors import InvalidRequest, PatchsightError, Superseded, UnsupportedImage
 from patchsight_serve.gallery import Gallery
 from patchsight_serve.gallery_schemas import ADD_BODY, PATCH_BODY, AddReply, GalleryImage, GalleryInfo, ImagePage
-from patchsight_serve.indexer import Added, Upload, default_id, encoder_of, index_images
-from patchsight_serve.item import Changes, Identity, Item, parse_metadata
+from patchsight_serve.indexer import Upload, default_id, encoder_of, index_images
+from patchsight_serve.item import Added, Changes, Identity, Item, parse_metadata
 from patchsight_serve.long_work import short_write
 from patchsight_serve.replies import RAW, SHOWN, error_body, image_reply, json_reply
 from patchsight_serve.schemas import IMAGE_ERRORS, ErrorReply

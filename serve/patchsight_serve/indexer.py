@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from patchsight_serve.decode import fit, open_rgb
+from patchsight_serve.decode import Limits, fit, open_rgb
 from patchsight_serve.encoder import Pixels, Values
 from patchsight_serve.errors import Conflict, InvalidRequest, PatchsightError
 from patchsight_serve.gallery import Gallery
-from patchsight_serve.item import Item, NewImage
+from patchsight_serve.item import Added, Item, NewImage
 from patchsight_serve.loaded import Loaded
 from patchsight_serve.long_work import short_write
+from patchsight_serve.manifest import Transform
 from patchsight_serve.nearest import normalize
 from patchsight_serve.outputs import graph_name
 from patchsight_serve.service import Service
@@ -29,14 +30,6 @@ class Upload:
 
     data: bytes
     item: Item
-
-
-@dataclass(frozen=True)
-class Added:
-    """An image that is in the gallery now; `created` is False if its id was there before."""
-
-    id: str
-    created: bool
 
 
 def default_id(data: bytes) -> str:
@@ -110,24 +103,30 @@ async def _new_images(
     name = graph_name("embedding", manifest)
 
     def prepare(data: bytes) -> tuple[Pixels, bytes]:
-        picture = open_rgb(data, service.limits, manifest.transform.scaled_side)
-        return fit(picture, manifest.transform), thumbnail(picture)
+        return prepared(data, service.limits, manifest.transform)
 
     async with service.admitted(len(uploads), encoder):
-        prepared = await service.decode_images([upload.data for upload in uploads], prepare, timing)
-        pixels = [entry[0] for entry in prepared if not isinstance(entry, PatchsightError)]
+        decoded = await service.decode_images([upload.data for upload in uploads], prepare, timing)
+        pixels = [entry[0] for entry in decoded if not isinstance(entry, PatchsightError)]
         encoded = iter(await service.infer(pixels, encoder, [name], timing))
     made: list[NewImage | PatchsightError] = []
-    for upload, entry in zip(uploads, prepared, strict=True):
+    for upload, entry in zip(uploads, decoded, strict=True):
         if isinstance(entry, PatchsightError):
             made.append(entry)
             continue
         values = next(encoded)
-        made.append(values if isinstance(values, PatchsightError) else _new_image(upload, values[name], entry[1]))
+        made.append(values if isinstance(values, PatchsightError) else new_image(upload, values[name], entry[1]))
     return made
 
 
-def _new_image(upload: Upload, vector: Values, picture: bytes) -> NewImage | PatchsightError:
+def prepared(data: bytes, limits: Limits, transform: Transform) -> tuple[Pixels, bytes]:
+    """The square that the encoder sees, and the thumbnail, of one decoding. Raises as `decode`."""
+    picture = open_rgb(data, limits, transform.scaled_side)
+    return fit(picture, transform), thumbnail(picture)
+
+
+def new_image(upload: Upload, vector: Values, picture: bytes) -> NewImage | PatchsightError:
+    """An upload with its embedding `(D,)`, of any length, and its thumbnail; or that it has no direction."""
     try:
         return NewImage(upload.item, upload.data, picture, normalize(vector))
     except InvalidRequest:

@@ -43,6 +43,14 @@ class Identity(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Added:
+    """An image that is in the gallery now; `created` is False if its id was there before."""
+
+    id: str
+    created: bool
+
+
+@dataclass(frozen=True)
 class NewImage:
     """An image to add. data: the encoded image. thumbnail: JPEG. vector: float32 `(D,)`, of length 1."""
 

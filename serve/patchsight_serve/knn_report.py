@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from patchsight_serve.embedder_settings import open_embedder
+from patchsight_serve.embedder_settings import open_client, open_embedder
 from patchsight_serve.embedding_file import holds_embeddings, read_embeddings
-from patchsight_serve.errors import InvalidRequest
+from patchsight_serve.errors import Conflict, InvalidRequest
+from patchsight_serve.gallery_knn import NO_VECTORS, evaluate_in_gallery, numbered, read_gallery
 from patchsight_serve.item import Identity
 from patchsight_serve.knn import KnnSettings
 from patchsight_serve.labelled import Embedded, check_labels, embed_labelled, match_classes, match_names, read_labelled
@@ -33,21 +34,47 @@ PROTOCOL = {
 
 def run(settings: KnnSettings) -> dict[str, Any]:
     """Do it all, print it, and return what `--json` prints. Raises PatchsightError."""
-    made = holds_embeddings(settings.train)
+    report = (
+        _in_gallery(settings, settings.gallery) if settings.gallery else _of_sources(settings, settings.train or "")
+    )
+    if settings.as_json:
+        print(json.dumps(report))
+    else:
+        _print(report)
+    return report
+
+
+def _of_sources(settings: KnnSettings, source: str) -> dict[str, Any]:
+    """Both sides are files."""
+    made = holds_embeddings(source)
     if made != holds_embeddings(settings.test):
-        raise InvalidRequest(f"{settings.train} and {settings.test}: one holds embeddings, the other images")
+        raise InvalidRequest(f"{source} and {settings.test}: one holds embeddings, the other images")
     with progress_bar() as progress:
-        gallery, queries, sides = (_read if made else _embed)(settings, progress)
+        gallery, queries, sides = (_read if made else _embed)(settings, source, progress)
         vectors = gallery.vectors, gallery.labels, queries.vectors, queries.labels
         own = match_names(gallery.names, queries.names) if settings.skip_self else None
         task = progress.add_task("classify", total=len(queries.names))
         figures = evaluate(*vectors, lambda n: progress.advance(task, n), own)
         few = [few_shot(*vectors, shots, settings.draws, settings.seed, own) for shots in settings.shots]
-    report = _report(settings, gallery, queries, figures, sides) | {"few_shot": [_few(shot) for shot in few]}
-    if settings.as_json:
-        print(json.dumps(report))
-    else:
-        _print(report)
+    return _report(settings, source, gallery, queries, figures, sides) | {"few_shot": [_few(shot) for shot in few]}
+
+
+def _in_gallery(settings: KnnSettings, name: str) -> dict[str, Any]:
+    """The server's gallery votes."""
+    test = read_labelled(settings.test)
+    with open_client(settings, settings.server or "") as client, progress_bar() as progress:
+        gallery = read_gallery(client, name)
+        if settings.encoder not in (None, gallery.encoder.name):
+            raise Conflict(
+                f"gallery {name!r} is of encoder {gallery.encoder.name!r}, not {settings.encoder!r}", "encoder"
+            )
+        labels, classes = numbered(gallery, test)
+        task = progress.add_task("classify", total=len(test))
+        queries, figures = evaluate_in_gallery(client, gallery, labels, test, lambda n: progress.advance(task, n))
+    voters = Embedded(list(gallery.labels), labels, NO_VECTORS, [])
+    sides = Sides(gallery.encoder, gallery.output, classes)
+    report = _report(settings, f"gallery {name}", voters, queries, figures, sides) | {"few_shot": []}
+    report["protocol"] = report["protocol"] | {"ties": "by id", "index": gallery.index}
     return report
 
 
@@ -59,9 +86,9 @@ class Sides(NamedTuple):
     class_names: list[str] | None
 
 
-def _embed(settings: KnnSettings, progress: Progress) -> tuple[Embedded, Embedded, Sides]:
+def _embed(settings: KnnSettings, source: str, progress: Progress) -> tuple[Embedded, Embedded, Sides]:
     """Both sides are images."""
-    train = read_labelled(settings.train)
+    train = read_labelled(source)
     test = match_classes(train, read_labelled(settings.test))
     with open_embedder(settings) as embedder:
         embedded = []
@@ -72,13 +99,13 @@ def _embed(settings: KnnSettings, progress: Progress) -> tuple[Embedded, Embedde
         return gallery, queries, Sides(embedder.encoder, embedder.output, test.class_names)
 
 
-def _read(settings: KnnSettings, _: Progress) -> tuple[Embedded, Embedded, Sides]:
+def _read(settings: KnnSettings, source: str, _: Progress) -> tuple[Embedded, Embedded, Sides]:
     """Both sides are embeddings already."""
-    train = check_labels(settings.train, read_embeddings(settings.train))
+    train = check_labels(source, read_embeddings(source))
     test = match_classes(train, check_labels(settings.test, read_embeddings(settings.test)))
     if (train.encoder, train.output) != (test.encoder, test.output) or train.vectors.shape[1] != test.vectors.shape[1]:
         raise InvalidRequest(
-            f"{settings.train} and {settings.test} are of different encoders: {train.encoder} ({train.output}, "
+            f"{source} and {settings.test} are of different encoders: {train.encoder} ({train.output}, "
             f"{train.vectors.shape[1]} numbers) and {test.encoder} ({test.output}, {test.vectors.shape[1]} numbers)"
         )
     sides = Sides(train.encoder or Identity("unstated", "unstated"), train.output or "unstated", test.class_names)
@@ -91,7 +118,7 @@ def _read(settings: KnnSettings, _: Progress) -> tuple[Embedded, Embedded, Sides
 
 
 def _report(
-    settings: KnnSettings, gallery: Embedded, queries: Embedded, figures: Figures, sides: Sides
+    settings: KnnSettings, source: str, gallery: Embedded, queries: Embedded, figures: Figures, sides: Sides
 ) -> dict[str, Any]:
     missing = sorted(set(queries.labels.tolist()) - set(gallery.labels.tolist()))
     low, high = figures.interval
@@ -101,7 +128,7 @@ def _report(
         "encoder": sides.encoder._asdict() | {"output": sides.output},
         "accuracy": {str(k): value for k, value in figures.accuracy.items()},
         "headline": {"k": figures.headline, "accuracy": figures.accuracy[figures.headline], "interval_95": [low, high]},
-        "train": _source(settings.train, gallery),
+        "train": _source(source, gallery),
         "test": _source(settings.test, queries),
         "classes": len(np.unique(gallery.labels)),
         "classes_only_in_test": [sides.class_names[c] if sides.class_names else str(c) for c in missing],
@@ -142,6 +169,8 @@ def _print(report: dict[str, Any]) -> None:
         f"gallery: {train['images']:,} images of {report['classes']} classes, {train['source']}",
         f"queries: {test['images']:,} images, {test['source']}",
     ]
+    if protocol.get("index", {}).get("recall") is not None:
+        lines.append(f"the gallery is searched approximately, at a recall of {protocol['index']['recall']:.3f}")
     if protocol["skip_self"]:
         lines.append("an image of the gallery with the query's name does not vote")
     for few in report["few_shot"]:

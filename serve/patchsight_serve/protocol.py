@@ -73,10 +73,15 @@ def evaluate(
         for k in ks:
             predictions[k][part] = vote(similarity, gallery_labels[rows], num_classes, k)
         advance(len(similarity))
-    right = {k: int((predictions[k] == query_labels).sum()) for k in ks}
-    headline = max(k for k in ks if k <= HEADLINE)
-    accuracy = {k: right[k] / len(queries) for k in ks}
-    return Figures(predictions, accuracy, headline, wilson(right[headline], len(queries)))
+    return judged(predictions, query_labels)
+
+
+def judged(predictions: dict[int, I64], query_labels: I64) -> Figures:
+    """The figures of predictions int64 `(Q,)` by k."""
+    right = {k: int((found == query_labels).sum()) for k, found in predictions.items()}
+    headline = max(k for k in predictions if k <= HEADLINE)
+    accuracy = {k: number / len(query_labels) for k, number in right.items()}
+    return Figures(predictions, accuracy, headline, wilson(right[headline], len(query_labels)))
 
 
 @dataclass(frozen=True)

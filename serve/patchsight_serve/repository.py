@@ -33,4 +33,9 @@ def load_encoders(model_repository: Path, threads: int | None = None, device: st
         BundleError: there is none, one of them is damaged, or the device is not usable.
     """
     found = needed_bundles(model_repository)
-    return {bundle.name: OrtEncoder(bundle, threads, (PROVIDERS[device],)) for bundle in found}
+    return {bundle.name: load_encoder(bundle, threads, device) for bundle in found}
+
+
+def load_encoder(bundle: Path, threads: int | None = None, device: str = "cpu") -> OrtEncoder:
+    """One bundle, as `load_encoders`."""
+    return OrtEncoder(bundle, threads, (PROVIDERS[device],))

@@ -1,8 +1,10 @@
 """The README's requests work as printed, against the shipped encoder and the sample gallery."""
 
 import json
+import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,17 +29,23 @@ def url(serve: Callable[..., str]) -> str:
 
 
 def test_requests(url: str, tmp_path: Path, readme_commands: Callable[[Path], list[str]]) -> None:
-    curls = [c for c in readme_commands(ROOT / "README.md") if c.startswith("curl ")]
-    assert len(curls) >= 6
+    asking = ("curl ", "patchsight-embed photos/ --gallery")
+    lines = [line for line in readme_commands(ROOT / "README.md") if line.startswith(asking)]
+    assert len(lines) >= 10
     (tmp_path / "docs").symlink_to(ROOT / "docs")
+    (tmp_path / "photos").mkdir()
+    for photo in (ROOT / "docs" / "images").glob("*.jpg"):
+        (tmp_path / "photos" / photo.name).write_bytes(photo.read_bytes())
+    (tmp_path / "photos" / "bad.jpg").write_text("a text")
+    here = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     replies = []
-    for line in curls:
+    for line in lines:
         assert PRINTED in line
         asked = line.replace(PRINTED, url).replace("curl -s", "curl -sS --fail-with-body")
-        result = subprocess.run(asked, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+        result = subprocess.run(asked, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=here)
         assert result.returncode == 0, f"{line}\n{result.stdout}{result.stderr}"
         replies.append(result.stdout)
-    embedded, drawn, neighbors, added, form, mine, duplicates, clusters = replies
+    embedded, drawn, neighbors, added, form, mine, filled, among, duplicates, clusters = replies
     (result,) = json.loads(embedded)["results"]
     assert len(result["embedding"]) == 384  # CLS and mean side by side
     assert drawn == ""
@@ -50,6 +58,13 @@ def test_requests(url: str, tmp_path: Path, readme_commands: Callable[[Path], li
     assert json.loads(added)["results"][0] == {"index": 0, "id": "shoes-1", "created": True}
     assert [r["created"] for r in json.loads(form)["results"]] == [True, True]
     assert json.loads(mine)["neighbors"][0]["score"] == pytest.approx(1, abs=1e-5)  # the same photo under another id
+    photos = len(list((tmp_path / "photos").iterdir())) - 1
+    assert filled == f"gallery photos: {photos} images are new, 0 were there\n"
+    assert (tmp_path / "photos.skipped.jsonl").read_text().startswith('{"name": "bad.jpg"')
+    best, *others = json.loads(among)["neighbors"]
+    assert best["metadata"] == {"path": "shoes.jpg"}
+    assert best["score"] == pytest.approx(1, abs=1e-5)
+    assert len(others) == min(5, photos) - 1
     (group,) = json.loads(duplicates)["groups"]
     assert group["id"] in {m["id"] for m in group["members"]}
     assert [m["copy_of"] for m in group["members"]].count(None) == 1

@@ -133,7 +133,7 @@ def test_what_is_no_source_says_so(tmp_path: Path) -> None:
     write(tmp_path / "text.parquet", b"no parquet")
     pq.write_table(pa.table({"picture": ["x"]}), tmp_path / "other.parquet")
     write_parquet(tmp_path / "none.parquet", [], [])
-    pq.write_table(pa.table({"image": [{"bytes": b"a"}], "label": ["cat"]}), tmp_path / "words.parquet")
+    pq.write_table(pa.table({"image": [{"bytes": b"a"}], "label": [["cat"]]}), tmp_path / "lists.parquet")
     pq.write_table(pa.table({"image": [{"path": "a"}]}), tmp_path / "paths.parquet")
     pq.write_table(pa.table({"image": [{"bytes": b"a"}], "label": [["x"]]}), tmp_path / "mixed-0.parquet")
     pq.write_table(pa.table({"image": [{"bytes": b"a"}], "label": [1]}), tmp_path / "mixed-1.parquet")
@@ -144,7 +144,7 @@ def test_what_is_no_source_says_so(tmp_path: Path) -> None:
         ("text.parquet", "cannot be read as Parquet"),
         ("other.parquet", "its columns are .*picture"),
         ("none.parquet", "has no rows"),
-        ("words.parquet", r"words\.parquet: its column `label` does not hold whole numbers"),
+        ("lists.parquet", r"lists\.parquet: its column `label` holds neither whole numbers nor texts"),
         ("paths.parquet", "has no struct column `image` with `bytes`"),
         ("mixed-*.parquet", "have different columns"),
     ):

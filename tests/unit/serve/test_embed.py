@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from patchsight_serve import dataset as datasets
 from patchsight_serve import embed, knn
-from patchsight_serve.dataset import read_dataset
+from patchsight_serve import sources as sources_module
+from patchsight_serve.dataset import Dataset, read_dataset
 from patchsight_serve.embedder import LocalEmbedder
 from patchsight_serve.embedding_file import read_embeddings
 from patchsight_serve.ort_encoder import OrtEncoder
@@ -34,14 +34,22 @@ def run(*arguments: object) -> None:
     embed.main([str(argument) for argument in arguments])
 
 
+def skipped_of(out: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in Path(f"{out}.skipped.jsonl").read_text().splitlines()]
+
+
 def test_embeddings_are_those_of_the_encoder_and_what_is_broken_is_listed(
     sources: tuple[Path, Path], tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "e.parquet"
-    run("--data", sources[0], "--out", out, "--model-repository", tiny_bundle.parent, "--output", "mean")
+    run(sources[0], "--out", out, "--model-repository", tiny_bundle.parent, "--output", "mean")
     printed = capsys.readouterr()
     assert printed.out == f"{out}: 40 embeddings of tiny (mean)\n"
-    assert "skipped dress/bad.jpg: " in printed.err
+    assert f"1 of 41 images were left out: see {out}.skipped.jsonl\n" in printed.err
+    (line,) = skipped_of(out)
+    assert line["name"] == "dress/bad.jpg"
+    assert "not an image" in line["reason"]
+    assert not list(tmp_path.glob("*.journal*"))
     dataset, found = read_dataset(sources[0]), read_embeddings(out)
     local = LocalEmbedder(OrtEncoder(tiny_bundle, 1), "mean")
     assert found.encoder == local.encoder
@@ -59,18 +67,19 @@ def test_a_file_that_is_gone_costs_itself_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     gone = sources[1] / read_dataset(sources[1]).names[3]
-    read = datasets.read_dataset
 
-    def then_it_vanishes(source: str) -> datasets.Dataset:
-        dataset = read(source)
+    def then_it_vanishes(source: str) -> Dataset:
+        dataset = read_dataset(source)
         gone.unlink()
         return dataset
 
-    monkeypatch.setattr(datasets, "read_dataset", then_it_vanishes)
-    run("--data", sources[1], "--out", tmp_path / "e.parquet", "--model-repository", tiny_bundle.parent)
+    monkeypatch.setattr(sources_module, "read_dataset", then_it_vanishes)
+    run(sources[1], "--out", tmp_path / "e.parquet", "--model-repository", tiny_bundle.parent)
     printed = capsys.readouterr()
     assert "19 embeddings" in printed.out
-    assert f"{gone.relative_to(sources[1])}: [Errno 2] No such file" in printed.err
+    (line,) = skipped_of(tmp_path / "e.parquet")
+    assert line["name"] == str(gone.relative_to(sources[1]))
+    assert "[Errno 2] No such file" in line["reason"]
 
 
 def test_neighbors_of_embeddings_are_those_of_the_images(
@@ -83,7 +92,7 @@ def test_neighbors_of_embeddings_are_those_of_the_images(
 
     files = [tmp_path / f"{source.name}.parquet" for source in sources]
     for source, file in zip(sources, files, strict=True):
-        run("--data", source, "--out", file, "--model-repository", tiny_bundle.parent)
+        run(source, "--out", file, "--model-repository", tiny_bundle.parent)
     capsys.readouterr()
     from_files = report("--train", files[0], "--test", files[1], "--json")
     direct = report("--train", sources[0], "--test", sources[1], "--json", "--model-repository", tiny_bundle.parent)
@@ -96,7 +105,7 @@ def test_embeddings_of_two_outputs_are_not_compared(
 ) -> None:
     for source, output in zip(sources, ("cls", "mean"), strict=True):
         run(
-            "--data", source, "--out", tmp_path / f"{output}.parquet", "--output", output,
+            source, "--out", tmp_path / f"{output}.parquet", "--output", output,
             "--model-repository", tiny_bundle.parent,
         )  # fmt: skip
     for test, message in ((tmp_path / "mean.parquet", "different encoders"), (sources[1], "one holds embeddings")):
@@ -111,7 +120,8 @@ def test_what_cannot_work_leaves_no_file(tiny_bundle: Path, tmp_path: Path, caps
     (tmp_path / "bad" / "a.jpg").write_text("a text")
     for data, message in (("nowhere", "no such folder"), (tmp_path / "bad", "none of 1 images can be embedded; a.jpg")):
         with pytest.raises(SystemExit) as exit:
-            run("--data", data, "--out", tmp_path / "e.parquet", "--model-repository", tiny_bundle.parent)
+            run(data, "--out", tmp_path / "e.parquet", "--model-repository", tiny_bundle.parent)
         assert exit.value.code == 1
         assert message in capsys.readouterr().err
-    assert not list(tmp_path.glob("*e.parquet*"))
+    assert [path.name for path in tmp_path.glob("*e.parquet*")] == ["e.parquet.skipped.jsonl"]
+    assert [line["name"] for line in skipped_of(tmp_path / "e.parquet")] == ["a.jpg"]

@@ -116,8 +116,8 @@ def test_what_is_no_matrix_is_refused(tmp_path: Path) -> None:
         pq.write_table(pa.table({"embedding": column}), path)
         with pytest.raises(InvalidRequest, match=message):
             read_embeddings(path)
-    pq.write_table(pa.table({"label": ["a"], "embedding": [[1.0]]}), path)
-    with pytest.raises(InvalidRequest, match="`label` does not hold whole numbers"):
+    pq.write_table(pa.table({"label": [["a"]], "embedding": [[1.0]]}), path)
+    with pytest.raises(InvalidRequest, match="`label` holds neither whole numbers nor texts"):
         read_embeddings(path)
     path.write_bytes(b"no parquet")
     with pytest.raises(InvalidRequest, match="cannot be read as Parquet"):
@@ -141,3 +141,21 @@ def test_images_are_not_taken_for_embeddings(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [{"bytes": b"", "path": "a"}]}), tmp_path / "i.parquet")
     for source in (SAMPLES, tmp_path / "i.parquet", tmp_path / "text.parquet", tmp_path / "nowhere"):
         assert not holds_embeddings(source)
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_labels_may_be_texts(kind: pa.DataType, tmp_path: Path) -> None:
+    """As a gallery's export has them."""
+    path = tmp_path / "e.parquet"
+    for texts, numbers, names in (
+        (["dog", None, "cat", "dog"], [1, -1, 0, 1], ["cat", "dog"]),
+        (["10", "9", None, "0"], [10, 9, -1, 0], None),
+        (["10", "09"], [1, 0], ["09", "10"]),
+    ):
+        column = pa.array(texts, pa.string()).cast(kind)
+        pq.write_table(pa.table({"label": column, "embedding": [[1.0]] * len(texts)}), path)
+        found = read_embeddings(path)
+        assert found.labels is not None
+        assert (found.labels.tolist(), found.class_names) == (numbers, names)
+    pq.write_table(pa.table({"label": pa.array([None], pa.string()).cast(kind), "embedding": [[1.0]]}), path)
+    assert read_embeddings(path).labels is None

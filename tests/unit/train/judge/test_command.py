@@ -125,7 +125,7 @@ def test_a_whitened_bundle_is_judged_as_it_is_served(sides: tuple[Path, Path], t
     files = []
     for side in sides:
         files.append(tmp_path / f"{side.name}.parquet")
-        embed_command(["--data", str(side), "--out", str(files[-1]), "--encoder", bundle.name,
+        embed_command([str(side), "--out", str(files[-1]), "--encoder", bundle.name,
                        "--model-repository", str(bundle.parent)])  # fmt: skip
     served = judged(tmp_path / "served", "--train", files[0], "--test", files[1])["encoders"][0]
     assert encoder["knn"]["mean"] == served["knn"]["mean"]
