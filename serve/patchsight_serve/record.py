@@ -22,7 +22,7 @@ from patchsight_serve.long_reads import LongReads
 from patchsight_serve.nearest import I64
 
 VERSION = 1
-_SCHEMA = f"""
+_SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS images (
     key INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, label TEXT, metadata TEXT NOT NULL,
@@ -33,8 +33,8 @@ CREATE TABLE IF NOT EXISTS pictures (
     thumbnail BLOB NOT NULL, checksum BLOB NOT NULL, original BLOB);
 CREATE TABLE IF NOT EXISTS next_vectors (
     key INTEGER PRIMARY KEY REFERENCES images ON DELETE CASCADE, vector BLOB NOT NULL, checksum BLOB NOT NULL);
-PRAGMA user_version = {VERSION};
 """
+_NEW = f"{_SCHEMA}PRAGMA user_version = {VERSION};"  # which writes in any case: a full disk could not be opened
 _COLUMNS = "key, id, label, metadata, sha256, vector, checksum"
 _CHUNK = 500  # values per query: SQLite takes 999 variables in old builds
 STEPS = 10_000  # of SQLite between two looks whether a long read is still wanted: a millisecond or less
@@ -87,7 +87,7 @@ class Record:
                     raise PatchsightError(
                         f"{path}: written by a newer patchsight (format {version}, we read {VERSION})"
                     )
-                self._writer.executescript(_SCHEMA)
+                self._writer.executescript(_SCHEMA if version else _NEW)
                 self._reader = self._connect()
             except BaseException:
                 self._lock.close()

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 
 EXACT_LIMIT = 20  # images: beyond them an approximate index is built, and lies on the disk
+DISK = 12 * 1024**2  # bytes
 CLIENTS, IDS = 4, 9  # ids that each client has for itself
 RAW = {"Content-Type": "application/octet-stream"}
 # What takes long of a start is to import; this process has imported all, and each server is a fork of it.
@@ -224,10 +225,32 @@ def look_over(url: str, before: dict[str, Stored]) -> dict[str, Stored]:
     return there
 
 
+def killed_at_work(server: Server, url: str, clients: list[Client], rng: random.Random) -> float:
+    """Kill it soon after some of the clients' writes. Returns how many seconds after."""
+    wrong: list[BaseException] = []
+
+    def work(client: Client) -> None:
+        try:
+            client.work(url)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(client,)) for client in clients]
+    enough, moment = sum(client.writes for client in clients) + rng.randrange(40), rng.uniform(0, 0.05)
+    for thread in threads:
+        thread.start()
+    while sum(client.writes for client in clients) < enough and not wrong:
+        time.sleep(0.001)
+    time.sleep(moment)
+    server.kill()
+    for thread in threads:
+        thread.join()
+    assert wrong == [], wrong
+    return moment
+
+
 @pytest.mark.parametrize("kills", [10, pytest.param(200, marks=[pytest.mark.acceptance, pytest.mark.timeout(1800)])])
-def test_random_kills(
-    fork: Callable[..., Server], encode: Callable[..., bytes], until: Callable[..., None], tmp_path: Path, kills: int
-) -> None:
+def test_random_kills(fork: Callable[..., Server], encode: Callable[..., bytes], tmp_path: Path, kills: int) -> None:
     """While clients add, replace, describe, remove and search; now and then while it starts."""
     rng, moments, there = random.Random(kills), [], dict[str, Stored]()
     clients = [Client(number, random.Random(number), encode) for number in range(CLIENTS)]
@@ -245,28 +268,79 @@ def test_random_kills(
         assert {id[:2] for id in there} <= {f"{client.number}-" for client in clients}
         if len(moments) >= kills:
             break
-        wrong: list[BaseException] = []
-
-        def work(client: Client, url: str = url, wrong: list[BaseException] = wrong) -> None:
-            try:
-                client.work(url)
-            except BaseException as error:
-                wrong.append(error)
-
-        threads = [threading.Thread(target=work, args=(client,)) for client in clients]
-        for thread in threads:
-            thread.start()
-        enough = sum(client.writes for client in clients) + rng.randrange(40)
-        until(lambda enough=enough: sum(client.writes for client in clients) >= enough or wrong)
-        moments.append(rng.uniform(0, 0.05))
-        time.sleep(moments[-1])
-        server.kill()
-        for thread in threads:
-            thread.join()
-        assert wrong == [], wrong
+        moments.append(killed_at_work(server, url, clients, rng))
         assert "Traceback" not in server.log.read_text()
     server.stop()
-    print(
-        f"seconds from the last of some writes, or the start, to each kill: {moments}; acknowledged writes: {sum(client.writes for client in clients)}"
-    )
-    assert sum(client.writes for client in clients) > 5 * kills
+    writes = sum(client.writes for client in clients)
+    print(f"seconds from a write, or from the start, to each kill: {moments}; acknowledged writes: {writes}")
+    assert writes > 5 * kills
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"a small disk cannot be mounted here: {done.stderr}"
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(path: Path) -> None:
+    """To the last byte of the disk, by a file."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def test_a_full_disk(fork: Callable[..., Server], encode: Callable[..., bytes], disk: Path) -> None:
+    """Writes are 507 and store nothing, all else goes on; also after a kill; and once there is space, writes do."""
+    rng, there = np.random.default_rng(0), dict[str, Stored]()
+
+    def pictures(count: int) -> dict[str, Stored]:
+        made = [encode(rng.integers(0, 256, (100, 100, 3), dtype=np.uint8)) for _ in range(count)]
+        return {hashlib.sha256(data).hexdigest()[:32]: Stored(data, None, {}) for data in made}
+
+    def add(count: int) -> int:
+        more = pictures(count)
+        reply = httpx.post(f"{url}/gallery/images", files=[("images", s.data) for s in more.values()], timeout=60)
+        if reply.status_code == 200:
+            assert all(result["created"] for result in reply.json()["results"])
+            there.update(more)
+        else:
+            error = reply.json()["error"]
+            assert (reply.status_code, error["code"]) == (507, "storage_full"), reply.text
+            assert "no space left for gallery 'default'; nothing of this request was stored" in error["message"]
+        return reply.status_code
+
+    (disk / "other").write_bytes(bytes(DISK // 3))
+    server = fork(disk, "--exact-limit", EXACT_LIMIT)
+    url = server.url()
+    while add(16) == 200:
+        pass
+    assert len(there) > 64
+    fill(disk / "rest")
+    assert [add(1), add(3)] == [507, 507]
+    some, changes = min(there), {"label": "label", "metadata": {"long": "x" * 16_000}}
+    reply = httpx.patch(f"{url}/gallery/images/{some}", json=changes)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (507, "storage_full")
+    assert look_over(url, there) == there
+    server.kill()
+
+    server = fork(disk, "--exact-limit", EXACT_LIMIT)
+    url = server.url()
+    assert look_over(url, there) == there
+    assert add(16) == 507
+    (disk / "other").unlink()
+    for id in list(there)[:40]:
+        assert httpx.delete(f"{url}/gallery/images/{id}").status_code == 204
+        del there[id]
+    assert add(16) == 200
+    assert look_over(url, there) == there
+    server.stop()
+    assert "Traceback" not in server.log.read_text()
+
+    server = fork(disk, "--exact-limit", EXACT_LIMIT)
+    assert look_over(server.url(), {}) == there
