@@ -1,7 +1,7 @@
 """A gallery: images with vectors of one encoder, kept in a durable record, searched through an index.
 
-The record (SQLite) is the truth; the index (FAISS, in memory) is filled from it at start. A writer commits first and
-changes the index then, so readers wait for it only while it changes memory, never while it waits for the disk.
+The record (SQLite) is the truth; the index (FAISS, in memory) is a cache of it. A writer commits first and changes the
+index then, so readers wait for it only while it changes memory, never while it waits for the disk.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ import orjson
 from patchsight_serve.errors import Conflict, InvalidRequest, NotFound, PatchsightError
 from patchsight_serve.filters import Filter
 from patchsight_serve.index import EXACT_LIMIT, Index, IndexState
+from patchsight_serve.index_file import IndexFile
 from patchsight_serve.item import (
     Changes,
     Identity,
@@ -54,22 +55,33 @@ class Gallery:
         self._writing = threading.Lock()  # one writer at a time
         self.busy = False  # with a write that takes seconds or more
         self._exact_limit = exact_limit
-        self._index = Index(exact_limit)
+        self._index_file = IndexFile(folder / "gallery.index")
+        self._index = self.new_index()
         bound = self._record.fact("encoder")
         self._encoder = Identity(**orjson.loads(bound)) if bound else None
         self._fill()
 
     def _fill(self) -> None:
-        """Put all intact rows into the index."""
+        """Put all intact rows into the index, or bring the one that was kept to them."""
+        kept = self._index_file.read(self._sound(), self._exact_limit + 1)
+        if kept is not None:
+            self._index.adopt(kept.index, kept.plan, kept=not kept.changed)
+        else:
+            for keys, vectors in self._sound():
+                self._index.extend(keys, vectors)
+        for id in self.damaged:
+            log.error("gallery %s: the row of %r is damaged and left out; add the image again", self.name, id)
+        self._index.fit()
+
+    def _sound(self) -> Iterator[tuple[I64, F32]]:
+        """Keys and vectors of all intact rows, in chunks; the others are `damaged`."""
+        self.damaged = []
         for rows in self._record.scan():
             sound = [row for row in rows if row.intact]
             self.damaged += [row.id for row in rows if not row.intact]
             if sound:
                 vectors = np.frombuffer(b"".join(row.vector for row in sound), dtype="<f4").reshape(len(sound), -1)
-                self._index.extend(np.array([row.key for row in sound], dtype=np.int64), vectors)
-        for id in self.damaged:
-            log.error("gallery %s: the row of %r is damaged and left out; add the image again", self.name, id)
-        self._index.fit()
+                yield np.array([row.key for row in sound], dtype=np.int64), vectors
 
     def __len__(self) -> int:
         """Number of indexed images."""
@@ -258,6 +270,7 @@ class Gallery:
         """Wait for the writer, then let go of the files."""
         with self._writing:
             self._index.close()
+            self._index.keep()
             self._record.close()
 
     def keys(self) -> I64:
@@ -303,7 +316,7 @@ class Gallery:
 
     def new_index(self) -> Index:
         """An empty one, for the other vectors of an heir."""
-        return Index(self._exact_limit)
+        return Index(self._exact_limit, self._index_file.write)
 
     def heir(self, record: Record, index: Index, encoder: Identity) -> "Gallery":
         """This gallery with other vectors, which are in the record already. This one is not used any more."""

@@ -7,7 +7,7 @@ other's place.
 
 import logging
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 import faiss
@@ -60,9 +60,12 @@ class _Stopped(Exception):
 class Index:
     """Search over unit vectors; searches run side by side, and wait only while a change is made in memory."""
 
-    def __init__(self, exact_limit: int = EXACT_LIMIT) -> None:
-        """exact_limit: among as many vectors, or fewer, a search is exact."""
+    def __init__(self, exact_limit: int = EXACT_LIMIT, keep: Callable[[Any, Plan], None] = lambda *_: None) -> None:
+        """exact_limit: among as many vectors, or fewer, a search is exact. keep: is handed what was built, before
+        anybody else may change it."""
         self._exact_limit = exact_limit
+        self._keep = keep
+        self._kept = True  # as it is now, or almost
         self._lock = SharedLock()
         self._vectors: Any = None  # of FAISS; None until the first vector tells the size
         self._plan: Plan | None = None  # how to search them; None: all of them
@@ -101,6 +104,7 @@ class Index:
         """As `change`, with the keys int64 `(N,)` and vectors `(N, D)` as arrays; many may follow before `fit`."""
         change = Change(np.array(sorted(gone), dtype=np.int64), keys, vectors)
         with self._lock.alone():
+            self._kept = False
             if self._vectors is not None:
                 change._replace(keys=_NONE, vectors=None).apply(self._vectors)
             if vectors is not None and not len(self):  # the vectors to come may have another size
@@ -176,7 +180,7 @@ class Index:
         with self._lock.alone():
             if self._journal is not None or len(self) < self._due:
                 return
-            self._journal = []
+            self._journal, self._kept = [], True
             work = self._journal, keys_of(self._vectors)
             builder = threading.Thread(target=self._build, args=work, name="index build", daemon=True)
             self._builder = builder
@@ -189,6 +193,7 @@ class Index:
         try:
             built = build(keys, lambda some: self._read(journal, some), lambda: self._go_on(journal))
             if built is not None:
+                self._keep(*built)
                 self._switch(journal, *built)
                 self.fit()  # it may have grown four times meanwhile
         except _Stopped:
@@ -226,6 +231,16 @@ class Index:
             for change in changes:
                 change.apply(built)
         log.info("searches visit %d of %d lists, recall at 10 is %.4f", plan.probes[0], plan.lists, plan.recall)
+
+    def adopt(self, vectors: Any, plan: Plan, kept: bool) -> None:
+        """Begin with what was once handed to `keep`. kept: it has not changed since."""
+        self._vectors, self._plan, self._kept = vectors, plan, kept
+        self._due = max(GROWTH * plan.size, self._exact_limit + 1)
+
+    def keep(self) -> None:
+        """After `close`: hand over an approximate index that has changed since it was."""
+        if self._plan is not None and not self._kept and len(self) > self._exact_limit:
+            self._keep(self._vectors, self._plan)
 
     def close(self) -> None:
         """End a build, which takes a second or so."""
