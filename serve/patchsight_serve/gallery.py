@@ -30,6 +30,7 @@ from patchsight_serve.item import (
     check_label,
     encode_metadata,
 )
+from patchsight_serve.mending import Seen
 from patchsight_serve.nearest import F32, I64, normalize
 from patchsight_serve.record import Record, Row
 
@@ -58,7 +59,10 @@ class Gallery:
         self._index_file = IndexFile(folder / "gallery.index")
         self._index = self.new_index()
         bound = self._record.fact("encoder")
-        self._encoder = Identity(**orjson.loads(bound)) if bound else None
+        try:
+            self._encoder = Identity(**orjson.loads(bound)) if bound else None
+        except (TypeError, ValueError):
+            raise PatchsightError(f"{self._record.path}: the name of the encoder is damaged: {bound!a}") from None
         self._fill()
 
     def _fill(self) -> None:
@@ -69,16 +73,19 @@ class Gallery:
         else:
             for keys, vectors in self._sound():
                 self._index.extend(keys, vectors)
+        self.damaged += self._seen.mend(self._record)
         for id in self.damaged:
             log.error("gallery %s: the row of %r is damaged and left out; add the image again", self.name, id)
         self._index.fit()
 
     def _sound(self) -> Iterator[tuple[I64, F32]]:
         """Keys and vectors of all intact rows, in chunks; the others are `damaged`."""
-        self.damaged = []
+        self.damaged, self._seen = [], Seen()
         for rows in self._record.scan():
+            for row in rows:
+                self._seen.add(row)
             sound = [row for row in rows if row.intact]
-            self.damaged += [row.id for row in rows if not row.intact]
+            self.damaged += [str(row.id) for row in rows if not row.intact]
             if sound:
                 vectors = np.frombuffer(b"".join(row.vector for row in sound), dtype="<f4").reshape(len(sound), -1)
                 yield np.array([row.key for row in sound], dtype=np.int64), vectors
@@ -171,7 +178,7 @@ class Gallery:
         the rest, None at the end."""
         rows = self._record.page(after, limit + 1)
         more = rows[limit - 1].id if len(rows) > limit else None
-        return [_image(row) for row in rows[:limit] if row.intact], more
+        return [_image(row) for row in rows[:limit]], more
 
     def thumbnail(self, id: str) -> bytes:
         """JPEG bytes. Raises NotFound, also where the image came without its picture."""
@@ -189,7 +196,7 @@ class Gallery:
         if original is None:
             self.thumbnail(id)
             raise NotFound(f"the original of image {id!r} was not kept; there is its thumbnail", param="id")
-        if hashlib.sha256(original).hexdigest() != row.sha256:
+        if not isinstance(original, bytes) or hashlib.sha256(original).hexdigest() != row.sha256:
             raise PatchsightError("the stored original is damaged; add the image again with replace=true")
         return original
 
