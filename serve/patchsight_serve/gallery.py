@@ -73,19 +73,19 @@ class Gallery:
         else:
             for keys, vectors in self._sound():
                 self._index.extend(keys, vectors)
-        self.damaged += self._seen.mend(self._record)
+        self._seen.mend(self._record)
+        self.damaged = self._seen.damaged
+        if self._seen.unclear:
+            self._index.extend(np.empty(0, np.int64), None, self._seen.unclear)
         for id in self.damaged:
             log.error("gallery %s: the row of %r is damaged and left out; add the image again", self.name, id)
         self._index.fit()
 
     def _sound(self) -> Iterator[tuple[I64, F32]]:
-        """Keys and vectors of all intact rows, in chunks; the others are `damaged`."""
-        self.damaged, self._seen = [], Seen()
+        """Keys and vectors of all sound rows, in chunks."""
+        self._seen = Seen()
         for rows in self._record.scan():
-            for row in rows:
-                self._seen.add(row)
-            sound = [row for row in rows if row.intact]
-            self.damaged += [str(row.id) for row in rows if not row.intact]
+            sound = self._seen.sound(rows)
             if sound:
                 vectors = np.frombuffer(b"".join(row.vector for row in sound), dtype="<f4").reshape(len(sound), -1)
                 yield np.array([row.key for row in sound], dtype=np.int64), vectors

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 MAGIC = b"PSINDEX1"
 DIGEST = 16  # bytes
-NEW = 0.1  # of all vectors: to put in more than these takes longer than to start without
+NEW, FEW = 0.1, 512  # of all vectors, or so many in any case: to put in more takes longer than a start should
 SPARE = 2  # times the file's size: what must be free on the disk, or writes to the gallery might find none
 _CHUNK = 1024 * 1024
 
@@ -141,7 +141,7 @@ def _catch_up(index: Any, rows: Iterable[tuple[I64, F32]]) -> int:
     """How many vectors were put in and taken out. Raises _Useless where that is no way to begin."""
     kept = np.sort(keys_of(index))
     found = np.zeros(len(kept), bool)
-    new = 0
+    new, most = 0, max(FEW, int(NEW * len(kept)))
     for keys, vectors in rows:
         if vectors.shape[1] != index.d:
             raise _Useless(f"its vectors have {index.d} values, those of the record {vectors.shape[1]}")
@@ -151,8 +151,8 @@ def _catch_up(index: Any, rows: Iterable[tuple[I64, F32]]) -> int:
             raise _Useless("its vectors are not those of the record")
         found[place[there]] = True
         new += int(np.count_nonzero(~there))
-        if new > NEW * len(kept):
-            raise _Useless(f"more than {NEW * len(kept):.0f} vectors of the record are not in it")
+        if new > most:
+            raise _Useless(f"more than {most} vectors of the record are not in it")
         index.add_with_ids(vectors[~there], keys[~there])
     index.remove_ids(kept[~found])
     return new + int(np.count_nonzero(~found))

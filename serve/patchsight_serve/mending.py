@@ -1,13 +1,16 @@
-"""SQLite's own indexes of a record, compared with its rows at each start, and made anew where they say something else.
+"""What of a record is sound, looked over at each start.
 
-Every row has a checksum; what leads to a row has none. A flipped byte there would hide images, or find them under
-labels that they do not have.
+Every row has a checksum; its key and what leads to it have none. So keys must be in order; and SQLite's own indexes are
+compared with the rows, and made anew where they say something else: a flipped byte there would hide images, or find
+them under labels that they do not have.
 """
 
 import logging
 import threading
 from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
 
 from patchsight_serve.errors import PatchsightError
 from patchsight_serve.record import Record, Row
@@ -20,35 +23,50 @@ _WORD = 2**64
 
 
 class Seen:
-    """The rows of a record, of which 64 bits are kept for each index: they differ where one id, label or key does."""
+    """The rows of a record, of which 64 bits are kept for each index: they differ where one id, label or key does.
+
+    damaged: ids of rows that are not sound. unclear: keys that name nothing, as two rows may have them.
+    """
 
     def __init__(self) -> None:
+        self.damaged: list[str] = []
+        self.unclear: set[int] = set()
         self._sums = dict.fromkeys(_INDEXES, 0)
 
-    def add(self, row: Row) -> None:
-        self._add("id", row.key, row.id)
-        if row.label is not None:
-            self._add("label", row.key, row.label)
+    def sound(self, rows: list[Row]) -> list[Row]:
+        """Those of the next rows that are; all come in the order in which they are stored."""
+        for row in rows:
+            self._add("id", row.key, row.id)
+            if row.label is not None:
+                self._add("label", row.key, row.label)
+        falls = np.diff([row.key for row in rows]) <= 0
+        strange = np.append(falls, False) | np.append(False, falls)  # one of the two is what it was
+        self.unclear |= {row.key for row, s in zip(rows, strange, strict=True) if s}
+        sound = [row for row, s in zip(rows, strange, strict=True) if row.intact and not s]
+        if len(sound) < len(rows):
+            kept = {id(row) for row in sound}
+            self.damaged += [str(row.id) for row in rows if id(row) not in kept]
+        return sound
 
     def _add(self, column: str, key: int, value: Any) -> None:
         self._sums[column] = (self._sums[column] + hash((key, value))) % _WORD
 
-    def mend(self, record: Record) -> list[str]:
-        """Make those indexes of the record anew that hold anything else than its rows. Returns the ids of images whose
-        rows are lost, which an index still knew."""
-        lost: list[str] = []
+    def mend(self, record: Record) -> None:
+        """Make those indexes of the record anew that hold anything else than its rows. Images that only an index still
+        knows are damaged, too."""
+        self.damaged += [str(row.id) for row in record.rows(sorted(self.unclear)).values()]
         for column, index in _INDEXES.items():
             if self._matches(record, column):
                 continue
             log.error("%s: the index of the images' %s is damaged, and made anew", record.path, column)
             if column == "id":
-                lost = _lost(record)
+                self.damaged += _lost(record)
             try:
                 with record.transaction():
                     record.execute(f"REINDEX {index}")
             except PatchsightError as error:  # a full disk: what is intact is still answered
                 log.error("%s: it cannot be made anew: %s", record.path, error)
-        return lost
+        self.damaged = list(dict.fromkeys(self.damaged))
 
     def _matches(self, record: Record, column: str) -> bool:
         found = Seen()

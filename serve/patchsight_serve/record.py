@@ -210,7 +210,9 @@ class Record:
         query, last = f"SELECT {wanted} FROM images WHERE key > ? AND {where} ORDER BY key LIMIT ?", -1
         while found := self.read(query, (last, chunk)):
             yield found
-            last = found[-1][0]
+            before, last = last, max(key for key, *_ in found)
+            if last <= before:  # a flipped bit: there would be no end
+                raise PatchsightError(f"{self.path}: the file is damaged: its keys are not in order")
 
     def select(self, where: str, values: Sequence[str]) -> I64:
         """Keys of all rows for which a condition holds, in any order.

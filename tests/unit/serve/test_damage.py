@@ -37,37 +37,45 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return gallery.record.path
 
 
+GONE = object()
+
+
 def told(call: Callable[..., Any], *given: Any, **how: Any) -> Any:
-    """Its answer, or None where it is an error of ours."""
+    """Its answer, None where it is an error of ours, GONE where that says that there is no such image."""
     try:
         return call(*given, **how)
     except PatchsightError as error:
         said = error
-    assert isinstance(said, NotFound) or "damaged" in said.message or "gallery.sqlite: " in said.message
+    if isinstance(said, NotFound):
+        return GONE
+    assert "damaged" in said.message or "gallery.sqlite: " in said.message
     return None
 
 
 def check(gallery: Gallery) -> None:
     """Nothing is wrong, and what is not there is told."""
-    lost, labels = set(IDS), [None, "shirt", "hat"]
+    lost, labels = set[str](), [None, "shirt", "hat"]
     for i, id in enumerate(IDS):
         image = told(gallery.get, id)
-        if image is not None:
+        if image is GONE:
+            lost.add(id)
+        elif image is not None:
             assert (image.id, image.label, image.metadata) == (id, labels[i % 3], {"n": i})
             assert (gallery.vectors([id])[0] == VECTORS[i]).all()
-            lost.discard(id)
         data = new(i).data
-        assert told(gallery.original, id) in (None, data)
-        assert told(gallery.thumbnail, id) in (None, new(i).thumbnail)
+        assert told(gallery.original, id) in (None, GONE, data)
+        assert told(gallery.thumbnail, id) in (None, GONE, new(i).thumbnail)
         found = told(gallery.neighbors, VECTORS[i], 3)
-        assert found is None or all(n.score == pytest.approx(VECTORS[i] @ VECTORS[IDS.index(n.id)]) for n in found)
-        assert found is None or image is None or (found[0].id == id)
+        assert found is None or all(
+            n.score == pytest.approx(VECTORS[i] @ VECTORS[IDS.index(n.id)], abs=1e-6) for n in found
+        )
+        assert found is None or image in (None, GONE) or id in gallery.damaged or found[0].id == id
     for label in (1, 2):
         found = told(gallery.neighbors, VECTORS[0], COUNT, label=labels[label])
-        assert found is None or {n.id for n in found} == set(IDS[label::3]) - lost
+        assert found is None or {n.id for n in found} == set(IDS[label::3]) - lost - set(gallery.damaged)
     seen = pages(gallery)
     assert seen is None or (sorted(seen) == seen and len(set(seen)) == len(seen))
-    assert seen is None or set(seen) == set(IDS) - lost
+    assert seen is None or set(IDS) - lost - set(gallery.damaged) <= set(seen) <= set(IDS)
     assert len(lost) <= len(gallery.damaged)
 
 
@@ -85,7 +93,9 @@ def pages(gallery: Gallery) -> list[str] | None:
     raise AssertionError("the pages have no end")
 
 
-@pytest.mark.parametrize("part", [*range(7), *(pytest.param(i, marks=pytest.mark.acceptance) for i in range(7, 100))])
+@pytest.mark.parametrize(
+    "part", [*range(6), 34, *(pytest.param(i, marks=pytest.mark.acceptance) for i in range(6, 100) if i != 34)]
+)
 def test_a_flipped_bit(record: Path, tmp_path: Path, part: int) -> None:
     """Anywhere: in heads of pages, where their cells are listed, in indexes, rows, vectors and pictures."""
     content, rng = record.read_bytes(), random.Random(part)
@@ -101,7 +111,7 @@ def test_a_flipped_bit(record: Path, tmp_path: Path, part: int) -> None:
         if gallery is not None:
             check(gallery)
             for i, id in enumerate(IDS):  # what is lost can be added again
-                if told(gallery.get, id) is None:
+                if told(gallery.get, id) is GONE:
                     told(gallery.add, [new(i)], ENCODER)
             check(gallery)
             gallery.close()

@@ -175,7 +175,7 @@ def test_a_flipped_byte_or_a_cut_is_found_and_the_index_built_again(
     [
         ("vectors", "its vectors are not those of the record"),
         ("size", "its vectors have 16 values, those of the record 8"),
-        ("more", "more than 90 vectors of the record are not in it"),
+        ("more", "more than 512 vectors of the record are not in it"),
         ("fewer", "450 vectors are searched one by one"),
         ("version", "it is of another version"),
     ],
@@ -192,14 +192,18 @@ def test_one_that_is_not_of_this_record(
         truth = truth | {"i777": clustered(1, seed=8)[0]}
     elif what == "size":
         truth = dict(zip(truth, clustered(COUNT, dim=8), strict=True))
-    elif what == "more":
-        truth = truth | {f"n{i}": v for i, v in enumerate(clustered(91, seed=9))}
     elif what == "fewer":
         truth = dict(list(truth.items())[:450])
-    else:
+    elif what == "version":
         monkeypatch.setattr(index_file, "asdict", lambda plan: {"lists": 7, "probes": [1], "more": plan.size})
         index_file.IndexFile(gallery.record.path.parent / FILE).write(gallery._index._vectors, gallery._index._plan)
     add(other, truth)
+    if what == "more":
+        for id in list(truth)[450:]:
+            other.delete(id)
+        more = {f"n{i}": v for i, v in enumerate(clustered(513, seed=9))}
+        add(other, more)
+        truth = dict(list(truth.items())[:450]) | more
     other.close()
     shutil.copy(gallery.record.path.parent / FILE, folder / FILE)
     again = opened(folder)
