@@ -129,10 +129,10 @@ def open_gallery(settings: EmbedSettings, name: str) -> Iterator["Target"]:
         with open_client(settings, settings.server) as client:
             yield ServerGallery(client, name, settings.encoder)
         return
-    from patchsight_serve.collection import Galleries
+    from patchsight_serve.embedded_galleries import EmbeddedGalleries
     from patchsight_serve.own_gallery import OwnGallery
 
-    with closing(Galleries(settings.state_dir / "galleries", settings.keep_originals)) as galleries:
+    with closing(EmbeddedGalleries(settings.state_dir / "galleries", settings.keep_originals)) as galleries:
         try:
             gallery = galleries.get(name, create=True)
         except Conflict as error:

@@ -1,7 +1,7 @@
 """The gallery that needs no other server: its images in a durable record, searched through an index in memory.
 
-The record (SQLite) is the truth; the index (FAISS, in memory) is filled from it at start. A writer commits first and
-changes the index then, so readers wait for it only while it changes memory, never while it waits for the disk.
+The record (SQLite) is the truth; the index (FAISS, in memory) is a cache of it. A writer commits first and changes the
+index then, so readers wait for it only while it changes memory, never while it waits for the disk.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from patchsight_serve.errors import Conflict, InvalidRequest, PatchsightError
 from patchsight_serve.filters import Filter
 from patchsight_serve.gallery import Gallery, checked_query, chosen_by, other_bytes, unknown
 from patchsight_serve.index import EXACT_LIMIT, Index, IndexState
+from patchsight_serve.index_file import IndexFile
 from patchsight_serve.item import (
     Changes,
     Identity,
@@ -31,6 +32,7 @@ from patchsight_serve.item import (
     check_label,
     encode_metadata,
 )
+from patchsight_serve.mending import Seen
 from patchsight_serve.nearest import F32, I64
 from patchsight_serve.record import Record
 from patchsight_serve.recorded_gallery import RecordedGallery
@@ -55,21 +57,29 @@ class EmbeddedGallery(RecordedGallery):
         self._writing = threading.Lock()  # one writer at a time
         self.busy = False  # with a write that takes seconds or more
         self._exact_limit = exact_limit
-        self._index = Index(exact_limit)
+        self._index_file = IndexFile(folder / "gallery.index")
+        self._index = self.new_index()
         bound = self._record.fact("encoder")
-        self._encoder = Identity(**orjson.loads(bound)) if bound else None
+        try:
+            self._encoder = Identity(**orjson.loads(bound)) if bound else None
+        except (TypeError, ValueError):
+            raise PatchsightError(f"{self._record.path}: the name of the encoder is damaged: {bound!a}") from None
         self._fill()
 
     def _fill(self) -> None:
         """Put all intact rows into the index."""
+        seen = Seen()
         for rows in self._record.scan():
-            sound = [row for row in rows if row.intact]
-            self.damaged += [row.id for row in rows if not row.intact]
+            sound = seen.sound(rows)
             if sound:
                 vectors = np.frombuffer(b"".join(row.vector for row in sound), dtype="<f4").reshape(len(sound), -1)
                 self._index.extend(np.array([row.key for row in sound], dtype=np.int64), vectors)
+        seen.mend(self._record)
+        self.damaged = seen.damaged
+        self._index.extend(np.empty(0, np.int64), None, seen.unclear)
         for id in self.damaged:
             log.error("gallery %s: the row of %r is damaged and left out; add the image again", self.name, id)
+        self._index.take_up()
         self._index.fit()
 
     def __len__(self) -> int:
@@ -177,6 +187,7 @@ class EmbeddedGallery(RecordedGallery):
     def close(self) -> None:
         with self._writing:
             self._index.close()
+            self._index.keep()
             self._record.close()
 
     def keys(self) -> I64:
@@ -202,7 +213,7 @@ class EmbeddedGallery(RecordedGallery):
 
     def new_index(self) -> Index:
         """An empty one, for the other vectors of an heir."""
-        return Index(self._exact_limit)
+        return Index(self._exact_limit, self._index_file)
 
     def heir(self, record: Record, index: Index, encoder: Identity) -> "EmbeddedGallery":
         """This gallery with other vectors, which are in the record already. This one is not used any more."""

@@ -64,11 +64,6 @@ class Flat:
         return rows
 
 
-def flat_index(dim: int) -> Any:
-    """An empty exact index over unit vectors of `dim` values, addressed by int64 keys of our choice."""
-    return faiss.IndexIDMap2(faiss.IndexFlatIP(dim))
-
-
 def cosine(vectors: F32, query: F32) -> F32:
     """Unit rows `(K, D)` against one unit query `(D,)`: float32 `(K,)` in -1..1.
 
@@ -96,8 +91,7 @@ def nearest(index: Any, queries: F32, k: int, params: Any = None) -> list[tuple[
     best `k`, ties at the k-th place included. Sorting by score and by the caller's own rule for ties gives exactly
     what brute force gives.
 
-    index: `flat_index` or `Flat`; must not change during the call. Of an approximate one all this holds for what it
-    visits. params: `faiss.SearchParameters` of that index, with a selector of the keys allowed, or None.
+    index: `Flat`, or `Vectors`; must not change during the call. params: what it makes to choose among keys, or None.
     """
     found: list[tuple[I64, F32]] = [(np.empty(0, np.int64), np.empty(0, np.float32))] * len(queries)
     if index.ntotal == 0 or k < 1:
@@ -120,20 +114,12 @@ def nearest(index: Any, queries: F32, k: int, params: Any = None) -> list[tuple[
     return found
 
 
-def among(index: Any, keys: I64, query: F32, k: int) -> tuple[I64, F32] | None:
-    """As `nearest` for one query `(D,)`, of the vectors under these keys alone, which are looked up: the others cost
-    nothing. None if one of the keys is not there.
-
-    index: `flat_index`, or any that gives vectors back as they are.
-    """
+def among(index: Any, keys: I64, query: F32, k: int) -> tuple[I64, F32]:
+    """As `nearest` for one query `(D,)`, of the vectors under these keys alone, which must be there: the others cost
+    nothing."""
     scores = np.empty(len(keys), np.float32)
-    with _threads_for(1):
-        for start in range(0, len(keys), LOOKED_UP):
-            try:
-                vectors = index.reconstruct_batch(keys[start : start + LOOKED_UP])
-            except RuntimeError:  # FAISS: key not found
-                return None
-            scores[start : start + LOOKED_UP] = cosine(vectors, query)
+    for start in range(0, len(keys), LOOKED_UP):
+        scores[start : start + LOOKED_UP] = cosine(index.reconstruct_batch(keys[start : start + LOOKED_UP]), query)
     if k >= len(keys):
         return keys, scores
     best = scores >= np.partition(scores, -k)[-k]

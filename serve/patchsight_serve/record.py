@@ -18,7 +18,7 @@ import numpy as np
 from patchsight_serve.errors import PatchsightError, StorageFull
 from patchsight_serve.long_reads import LongReads
 from patchsight_serve.nearest import I64
-from patchsight_serve.record_file import SCHEMA, VERSION, connect, lock_out_others
+from patchsight_serve.record_file import NEW, SCHEMA, VERSION, connect, lock_out_others
 from patchsight_serve.row import COLUMNS, Row, digest, row_checksum, to_row
 
 _CHUNK = 500  # values per query: SQLite takes 999 variables in old builds
@@ -44,7 +44,7 @@ class Record:
                     raise PatchsightError(
                         f"{path}: written by a newer patchsight (format {version}, we read {VERSION})"
                     )
-                self._writer.executescript(SCHEMA)
+                self._writer.executescript(SCHEMA if version else NEW)
                 self._reader = connect(self.path)
             except BaseException:
                 self._lock.close()
@@ -125,9 +125,14 @@ class Record:
             yield from self.read(f"SELECT {wanted} FROM images WHERE {column} IN ({marks})", some)
 
     def page(self, after: str, limit: int) -> list[Row]:
-        """Up to `limit` rows in the order of their ids, those behind the id `after`."""
-        query = f"SELECT {COLUMNS} FROM images WHERE id > ? ORDER BY id LIMIT ?"
-        return [to_row(values) for values in self.read(query, (after, limit))]
+        """Up to `limit` intact rows in the order of their ids, those behind the id `after`."""
+        query, wanted = f"SELECT {COLUMNS} FROM images WHERE id > ? ORDER BY id LIMIT ?", limit
+        while True:
+            found = [to_row(values) for values in self.read(query, (after, wanted))]
+            sound = [row for row in found if row.intact]
+            if len(sound) >= limit or len(found) < wanted:
+                return sound[:limit]
+            wanted *= 2  # and not from the last one on: a damaged id says nothing of where it stands
 
     def scan(self, chunk: int = 10_000) -> Iterator[list[Row]]:
         """All rows in the order of their keys, in chunks."""
@@ -139,7 +144,9 @@ class Record:
         query, last = f"SELECT {wanted} FROM images WHERE key > ? AND {where} ORDER BY key LIMIT ?", -1
         while found := self.read(query, (last, chunk)):
             yield found
-            last = found[-1][0]
+            before, last = last, max(key for key, *_ in found)
+            if last <= before:  # a flipped bit: there would be no end
+                raise PatchsightError(f"{self.path}: the file is damaged: its keys are not in order")
 
     def select(self, where: str, values: Sequence[str]) -> I64:
         """Keys of all rows for which a condition holds, in any order.
@@ -153,7 +160,7 @@ class Record:
     def thumbnail(self, key: int) -> bytes | None:
         """JPEG bytes. Raises PatchsightError if they are damaged."""
         found = self.read("SELECT thumbnail, checksum FROM pictures WHERE key = ?", (key,))
-        if found and digest(found[0][0]) != found[0][1]:
+        if found and (not isinstance(found[0][0], bytes) or digest(found[0][0]) != found[0][1]):
             raise PatchsightError("the stored thumbnail is damaged; add the image again with replace=true")
         return found[0][0] if found else None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from patchsight_serve.errors import Conflict
 
 VERSION = 1
-SCHEMA = f"""
+SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS images (
     key INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, label TEXT, metadata TEXT NOT NULL,
@@ -18,8 +18,8 @@ CREATE TABLE IF NOT EXISTS pictures (
     thumbnail BLOB NOT NULL, checksum BLOB NOT NULL, original BLOB);
 CREATE TABLE IF NOT EXISTS next_vectors (
     key INTEGER PRIMARY KEY REFERENCES images ON DELETE CASCADE, vector BLOB NOT NULL, checksum BLOB NOT NULL);
-PRAGMA user_version = {VERSION};
 """
+NEW = f"{SCHEMA}PRAGMA user_version = {VERSION};"  # which writes in any case: a full disk could not be opened
 
 
 def connect(path: Path) -> sqlite3.Connection:

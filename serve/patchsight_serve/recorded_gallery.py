@@ -32,7 +32,7 @@ class RecordedGallery(Gallery):
     def page(self, after: str = "", limit: int = 100) -> tuple[list[Image], str | None]:
         rows = self._record.page(after, limit + 1)
         more = rows[limit - 1].id if len(rows) > limit else None
-        return [_image(row) for row in rows[:limit] if row.intact], more
+        return [_image(row) for row in rows[:limit]], more
 
     def thumbnail(self, id: str) -> bytes:
         thumbnail = self._record.thumbnail(self._row(id).key)
@@ -47,7 +47,7 @@ class RecordedGallery(Gallery):
         if original is None:
             self.thumbnail(id)
             raise NotFound(f"the original of image {id!r} was not kept; there is its thumbnail", param="id")
-        if hashlib.sha256(original).hexdigest() != row.sha256:
+        if not isinstance(original, bytes) or hashlib.sha256(original).hexdigest() != row.sha256:
             raise PatchsightError("the stored original is damaged; add the image again with replace=true")
         return original
 

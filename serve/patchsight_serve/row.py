@@ -23,7 +23,8 @@ class Row:
     @property
     def intact(self) -> bool:
         """Whether the row is what was once written."""
-        return self.checksum == row_checksum(self.id, self.label, self.metadata, self.sha256, self.vector)
+        is_typed = isinstance(self.vector, bytes)  # a flipped bit may make it anything
+        return is_typed and self.checksum == row_checksum(self.id, self.label, self.metadata, self.sha256, self.vector)
 
 
 def row_checksum(id: str, label: str | None, metadata: str, sha256: str, vector: bytes) -> bytes:

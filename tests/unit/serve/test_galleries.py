@@ -231,6 +231,48 @@ def test_metadata_of_1_mb_in_a_form_is_an_error_of_its_image(client: TestClient,
 
 
 @pytest.mark.parametrize(
+    "id", ["a%2Fb", "%C3%BC", "%F0%9F%91%95", "%FF", "%00", "..%2F..%2Fgallery.sqlite", "x" * 129, "nobody"]
+)
+@pytest.mark.parametrize("what", ["", "/thumbnail", "/image"])
+def test_strange_and_unknown_ids_in_paths_are_4xx(client: TestClient, photos: list[bytes], id: str, what: str) -> None:
+    add(client, photos[:1], [{"id": "x"}])
+    calls = [client.get(f"/gallery/images/{id}{what}"), client.get(f"/neighbors?id={id}")]
+    if not what:
+        calls += [client.delete(f"/gallery/images/{id}"), client.patch(f"/gallery/images/{id}", json={"label": "a"})]
+    for reply in calls:
+        assert reply.status_code in (400, 404)
+        assert reply.json()["error"]["code"] in ("invalid_request", "not_found")
+    listed = client.get(f"/gallery/images?cursor={id}")  # any text may stand in the order of the ids
+    assert (listed.status_code, listed.json()["next_cursor"]) == (200, None)
+    assert [image["id"] for image in client.get("/gallery/images").json()["images"]] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"label": "x" * 10_000, "metadata": {"a": 1}}, "label"),
+        ({"label": "b", "metadata": {"m": "x" * 1_000_000}}, "metadata"),
+        ({"label": "b", "metadata": "no object"}, "metadata"),
+        ({"label": "b", "metadata": [1]}, "metadata"),
+    ],
+)
+def test_a_wrong_change_is_400_and_changes_nothing(
+    client: TestClient, photos: list[bytes], changes: dict[str, Any], param: str
+) -> None:
+    add(client, photos[:1], [{"id": "x", "label": "a", "metadata": {"n": 1}}])
+    before = client.get("/gallery/images/x").json()
+    reply = client.patch("/gallery/images/x", json=changes)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+    assert client.get("/gallery/images/x").json() == before
+
+
+def test_more_neighbors_than_there_are_images_are_all(client: TestClient, photos: list[bytes]) -> None:
+    add(client, photos[:3], [{"id": "a"}, {"id": "b"}, {"id": "c"}])
+    assert len(found(client.post("/neighbors", params={"k": 1000}, content=photos[0], headers=RAW))) == 3
+    assert len(found(client.get("/neighbors", params={"k": 1000, "id": "a"}))) == 2
+
+
+@pytest.mark.parametrize(
     ("items", "message"),
     [("[{}]", "1 entries for 2 images"), ("{}", "no list for 2 images"), ("[{", "not JSON")],
 )

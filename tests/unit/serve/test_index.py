@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from patchsight_serve import index as index_module
-from patchsight_serve.approximate import keys_of
 from patchsight_serve.index import EXACT_LIMIT, Index
 from patchsight_serve.nearest import F32, cosine, normalize
 from patchsight_serve.settings import ServeSettings
+from patchsight_serve.vectors import Vectors
 
 Until = Callable[[Callable[[], object]], None]
 DIM = 16
@@ -85,19 +85,19 @@ def held_build(monkeypatch: pytest.MonkeyPatch):
         there, go_on, build = threading.Event(), threading.Event(), index_module.build
         left = reads
 
-        def slow(keys, read, check):
-            def counted(wanted):
+        def slow(vectors, reading, check):
+            def counted():
                 nonlocal left
                 left -= 1
                 if not left:
                     there.set()
                     assert go_on.wait(60)
-                return read(wanted)
+                return reading()
 
-            return build(keys, counted, check)
+            return build(vectors, counted, check)
 
         monkeypatch.setattr(index_module, "build", slow)
-        monkeypatch.setattr("patchsight_serve.approximate.CHUNK", 256)
+        monkeypatch.setattr("patchsight_serve.index_build.CHUNK", 256)
         return there, go_on
 
     return hold
@@ -164,7 +164,7 @@ def test_changes_during_a_build_are_all_in_the_new_index(
     """Brought in while searches go on, or all at the end."""
     monkeypatch.setattr(index_module, "FEW", few)
     index, truth = open_index(1000), Truth()
-    there, go_on = held_build(12)  # eight reads for the centers, then three of the vectors to put in
+    there, go_on = held_build(12)  # the keys, eight parts for the centers, then the vectors
 
     def change(fresh: dict[int, F32], gone: set[int]) -> None:
         truth.change(fresh, gone)
@@ -190,11 +190,11 @@ def test_changes_during_a_build_are_all_in_the_new_index(
     assert state.probes is not None
     assert state.lists is not None
     assert state.probes < state.lists
-    assert set(keys_of(index._vectors).tolist()) == set(truth.vectors)
+    assert set(index.keys().tolist()) == set(truth.vectors)
     assert len(index) == len(truth.vectors)
     assert recall(index, truth, clustered(100, seed=5)) >= 0.95
     change({key: vectors[key] for key in range(3000, 3100)}, set(range(500, 600)))
-    assert set(keys_of(index._vectors).tolist()) == set(truth.vectors)
+    assert set(index.keys().tolist()) == set(truth.vectors)
     for key in range(3000, 3100):
         assert ranked(index, vectors[key], 1)[0][0] == key
     for key in range(500, 600):
@@ -239,7 +239,7 @@ def test_writers_and_readers_at_once(open_index, until: Until) -> None:
     for part in parts:
         truth.change(part.vectors, set())
     assert index.state.kind == "ivf"
-    assert set(keys_of(index._vectors).tolist()) == set(truth.vectors)
+    assert set(index.keys().tolist()) == set(truth.vectors)
     assert recall(index, truth, clustered(100, seed=8)) >= 0.95
 
 
@@ -255,7 +255,7 @@ def test_it_is_built_anew_when_there_are_four_times_as_many(open_index, until: U
     assert lists is not None
     assert index.state.lists is not None
     assert index.state.lists > 3 * lists
-    assert set(keys_of(index._vectors).tolist()) == set(range(2005))
+    assert set(index.keys().tolist()) == set(range(2005))
 
 
 def test_fewer_than_the_limit_are_searched_exactly_whatever_the_index_is(open_index, until: Until) -> None:
@@ -266,7 +266,7 @@ def test_fewer_than_the_limit_are_searched_exactly_whatever_the_index_is(open_in
     gone = set(range(2000))
     truth.change({}, gone)
     index.change({}, gone)
-    assert (index.state.kind, index.state.recall, index.state.probes) == ("ivf", 1.0, index.state.lists)
+    assert index.state == ("flat", None, None, None, False)
     for query in clustered(50, seed=6):
         assert ranked(index, query, 10) == truth.best(query, 10)
 
@@ -315,8 +315,8 @@ def test_a_build_that_fails_is_said_and_the_index_before_goes_on(
     index, truth, vectors, tries = open_index(100), Truth(), clustered(1000), []
     build = index_module.build
 
-    def failing(keys, *_):
-        tries.append(len(keys))
+    def failing(vectors, *_):
+        tries.append(vectors.ntotal)
         raise MemoryError
 
     monkeypatch.setattr(index_module, "build", failing)
@@ -376,17 +376,36 @@ def test_a_snapshot_is_all_there_is_in_the_order_of_the_keys(open_index, until: 
 
 
 def test_what_is_taken_out_during_a_snapshot_may_be_left_out_of_it(open_index, monkeypatch: pytest.MonkeyPatch) -> None:
-    index, vectors, present = open_index(EXACT_LIMIT), clustered(100), index_module._present
+    index, vectors, present = open_index(EXACT_LIMIT), clustered(100), Vectors.present
     index.change({key: vectors[key] for key in range(100)})
     parts: list[Any] = []
 
     def first_then_gone(held: Any, keys: Any) -> Any:
         parts.append(keys)
         if len(parts) == 2:
-            held.remove_ids(np.array([1, 33, 34, 77]))
+            held.remove(np.array([1, 33, 34, 77]))
         return present(held, keys)
 
-    monkeypatch.setattr(index_module, "_present", first_then_gone)
+    monkeypatch.setattr(Vectors, "present", first_then_gone)
     keys, copied = index.snapshot(rows=32)
     assert keys.tolist() == [key for key in range(100) if key not in (33, 34, 77)]  # 1 was copied before
     assert (copied == vectors[keys]).all()
+
+
+def test_codes_of_vectors_that_are_gone_are_passed_over_and_made_anew(open_index, until: Until) -> None:
+    """Also where nearly all that are near are gone; a quarter of all calls for new codes."""
+    index, truth, vectors = open_index(500), Truth(), clustered(4000)
+    truth.change({key: vectors[key] for key in range(4000)}, set())
+    index.change(truth.vectors)
+    until(lambda: index.state.kind == "ivf")
+    gone = {key for key, _ in truth.best(vectors[7], 790)}
+    truth.change({}, gone)
+    index.change({}, gone)
+    assert not index.state.building
+    assert index._approximate.codes.ntotal == 4000
+    found = ranked(index, vectors[7], 10)
+    assert len(found) == 10
+    assert not gone & {key for key, _ in found}
+    index.change({}, set(list(truth.vectors)[:100]))
+    until(lambda: index._approximate.codes.ntotal == 3110)
+    assert not index.state.building
