@@ -189,5 +189,5 @@ def test_damaged_rows_are_left_out(serving: Callable[..., TestClient], tmp_path:
 
 def test_the_route_is_documented(client: TestClient) -> None:
     get = client.get("/openapi.json").json()["paths"]["/gallery/clusters"]["get"]
-    assert {parameter["name"] for parameter in get["parameters"]} == {"gallery", "k", "method", "typical"}
+    assert {parameter["name"] for parameter in get["parameters"]} == {"gallery", "k", "method", "min_size", "typical"}
     assert {"200", "404", "429"} <= set(get["responses"])
