@@ -19,7 +19,7 @@ from patchsight_serve.approximate import LISTS, RECALL
 from patchsight_serve.nearest import F32, I64, normalize
 
 N, D, CLUSTERS, QUERIES, K, PROPOSED = 100_000, 384, 2_000, 200, 10, 40
-SPREAD = 2.0  # of a cluster, against the length of its center: neighbors lie in several lists
+SPREAD = 1.0  # of a cluster, against the length of its center: kind to lists; at 2 there is hardly a cluster left
 
 
 class Kind(NamedTuple):
