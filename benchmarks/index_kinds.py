@@ -56,7 +56,7 @@ KINDS = {
     "HNSW, 32 links": Kind(
         lambda: faiss.IndexHNSWFlat(D, 32, faiss.METRIC_INNER_PRODUCT),
         EFFORTS,
-        lambda effort: faiss.SearchParametersHNSW(efSearch=effort),  # type: ignore[call-arg]
+        lambda effort: faiss.SearchParametersHNSW(efSearch=effort),  # type: ignore[attr-defined]
         True,
     ),
 }
