@@ -24,6 +24,7 @@ from patchsight_serve import (
     openai_api,
     origin,
     page,
+    regions,
     status,
     whole_gallery,
 )
@@ -40,6 +41,7 @@ from patchsight_serve.long_work import LongWork
 from patchsight_serve.metrics import Metrics
 from patchsight_serve.observe import Observe
 from patchsight_serve.reembedding import Reembeddings
+from patchsight_serve.region_search import RegionSearches
 from patchsight_serve.reload import Reloader, Source
 from patchsight_serve.replies import ErrorResponse, error_reply
 from patchsight_serve.sample_gallery import sampling
@@ -97,12 +99,14 @@ def create_app(
     app.state.reloader = Reloader(service, source)
     app.state.galleries = _galleries(settings)
     app.state.surveys = Surveys()
+    app.state.region_searches = RegionSearches(service)
     app.state.long_work = LongWork()
     app.state.reembeddings = Reembeddings(service, app.state.galleries, app.state.long_work)
     app.include_router(embeddings.router())
     app.include_router(galleries.router())
     app.include_router(whole_gallery.router())
     app.include_router(neighbors.router())
+    app.include_router(regions.router())
     app.include_router(duplicates.router())
     app.include_router(clusters.router())
     app.include_router(openai_api.router())

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -13,7 +13,7 @@ from patchsight_serve.client_protocol import Conversation, Options, Row
 from patchsight_serve.client_steps import Call, Step, Steps, Work
 from patchsight_serve.encoder import Values
 from patchsight_serve.group import Cluster, Group
-from patchsight_serve.item import Identity, Neighbor
+from patchsight_serve.item import Identity, Neighbor, RegionNeighbor
 
 T = TypeVar("T")
 
@@ -73,6 +73,16 @@ class AsyncClient:
     async def neighbors_of(self, id: str, **query: object) -> list[Neighbor]:
         """As `Client.neighbors_of`."""
         return await self._run(self._talk.neighbors(id, True, query))
+
+    async def neighbors_of_region(
+        self, picture: Picture, box: Sequence[float], **query: object
+    ) -> list[RegionNeighbor]:
+        """As `Client.neighbors_of_region`."""
+        return await self._run(self._talk.region(picture, False, box, query))
+
+    async def neighbors_of_region_of(self, id: str, box: Sequence[float], **query: object) -> list[RegionNeighbor]:
+        """As `Client.neighbors_of_region_of`."""
+        return await self._run(self._talk.region(id, True, box, query))
 
     async def duplicates(self, **query: object) -> list[Group]:
         """As `Client.duplicates`."""

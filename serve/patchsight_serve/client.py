@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -16,7 +16,7 @@ from patchsight_serve.client_steps import Call, Step, Steps, Wait, Work
 from patchsight_serve.encoder import Values
 from patchsight_serve.errors import PatchsightError
 from patchsight_serve.group import Cluster, Group
-from patchsight_serve.item import Added, Identity, Neighbor
+from patchsight_serve.item import Added, Identity, Neighbor, RegionNeighbor
 
 __all__ = ["AsyncClient", "Client", "Picture"]
 
@@ -133,6 +133,18 @@ class Client:
     def neighbors_of(self, id: str, **query: object) -> list[Neighbor]:
         """As `neighbors`, of the indexed image of that id, which is left out itself."""
         return self._run(self._talk.neighbors(id, True, query))
+
+    def neighbors_of_region(self, picture: Picture, box: Sequence[float], **query: object) -> list[RegionNeighbor]:
+        """The images of a gallery that contain a region of a picture, best first, and where in them it is.
+
+        box: left, top, right and bottom in fractions of the picture, 0 to 1. query: `k`, `candidates`, `gallery`,
+            `label`, `filter`, as `POST /neighbors/region` has them.
+        """
+        return self._run(self._talk.region(picture, False, box, query))
+
+    def neighbors_of_region_of(self, id: str, box: Sequence[float], **query: object) -> list[RegionNeighbor]:
+        """As `neighbors_of_region`, of the indexed image of that id, which is left out itself."""
+        return self._run(self._talk.region(id, True, box, query))
 
     def duplicates(self, **query: object) -> list[Group]:
         """Groups of near-duplicates in a gallery, the largest first: all of them, or `limit`.

@@ -15,7 +15,7 @@ from patchsight_serve.client_steps import JSON, NPY, Call, Steps, Work, ask, nam
 from patchsight_serve.encoder import Values
 from patchsight_serve.errors import Conflict, InvalidRequest, NotFound, PatchsightError, TooLarge
 from patchsight_serve.group import Cluster, Group, LabelCount, Member, Typical
-from patchsight_serve.item import Added, Identity, Neighbor
+from patchsight_serve.item import Added, Identity, Neighbor, RegionNeighbor
 from patchsight_serve.manifest import Transform
 
 H = TypeVar("H", httpx.Client, httpx.AsyncClient)
@@ -204,6 +204,18 @@ class Conversation:
                     raise
                 results.append(error)
         return results
+
+    def region(
+        self, picture: Picture | str, by_id: bool, box: Sequence[float], query: Mapping[str, object]
+    ) -> Steps[list[RegionNeighbor]]:
+        """Images that contain a region of a picture, or of the indexed image of that id."""
+        said = _said(query) | {"box": ",".join(str(float(edge)) for edge in box)}
+        if by_id:
+            call = Call("GET", "/neighbors/region", said | {"id": str(picture)})
+        else:
+            call = Call("POST", "/neighbors/region", said, JSON, _good((yield from _encoded([picture], None))))
+        found = (yield from self._ask(call)).json()["neighbors"]
+        return [RegionNeighbor(**{**neighbor, "box": tuple(neighbor["box"])}) for neighbor in found]
 
     def duplicates(self, query: Mapping[str, object]) -> Steps[list[Group]]:
         """Page after page, up to `limit` groups if that is asked for."""

@@ -12,14 +12,16 @@ import numpy as np
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
+from patchsight_serve import density
 from patchsight_serve.collection import DEFAULT
+from patchsight_serve.density import MAX_VECTORS
 from patchsight_serve.departure import while_connected
 from patchsight_serve.errors import InvalidRequest
 from patchsight_serve.galleries import GalleryQuery, described
 from patchsight_serve.gallery import Gallery
 from patchsight_serve.group import Cluster, LabelCount, Typical
 from patchsight_serve.group_schemas import SURVEY_ERRORS, ClustersReply
-from patchsight_serve.kmeans import kmeans
+from patchsight_serve.kmeans import Clustering, kmeans
 from patchsight_serve.linkage import Pause
 from patchsight_serve.nearest import F32, I64
 from patchsight_serve.replies import json_reply
@@ -27,6 +29,7 @@ from patchsight_serve.survey import Surveys
 
 MAX_CLUSTERS = 1000
 MAX_TYPICAL = 100
+MIN_SIZE = 5  # of a cluster by density
 LABELS = 3  # of each cluster
 
 
@@ -41,20 +44,31 @@ class Wanted:
             description="how many, up to the number of images; by default √(images / 2), from 2 to 100",
         ),
     ] = None  # fmt: skip
-    method: Annotated[Literal["kmeans"], Query(description="spherical k-means: by cosine similarity")] = "kmeans"
+    method: Annotated[
+        Literal["kmeans", "hdbscan"],
+        Query(
+            description="kmeans, spherical: every image is in a cluster. hdbscan, by density: it finds how many there "
+            f"are, and images between them are in none; up to {MAX_VECTORS:,} images, where scikit-learn is installed"
+        ),
+    ] = "kmeans"
+    min_size: Annotated[
+        int | None, Query(ge=2, le=1000, description="of hdbscan: images that a cluster has at least; by default 5")
+    ] = None
     typical: Annotated[int, Query(ge=1, le=MAX_TYPICAL, description="images shown of each cluster")] = 9
 
 
 class Partition(NamedTuple):
     """The clusters of a gallery as they are kept: without labels, which may change.
 
-    keys: int64 `(N,)`, ascending. owner: the cluster of each, int64 `(N,)`, 0 for the largest. typical: for each
-    cluster keys int64 and scores float32 `(M,)` of its most typical images, best first.
+    keys: of images in clusters, int64 `(N,)`, ascending. owner: the cluster of each, int64 `(N,)`, 0 for the largest.
+    typical: for each cluster keys int64 and scores float32 `(M,)` of its most typical images, best first. unclustered:
+    how many images are in none.
     """
 
     keys: I64
     owner: I64
     typical: list[tuple[I64, F32]]
+    unclustered: int
 
 
 def router() -> APIRouter:
@@ -74,18 +88,18 @@ def router() -> APIRouter:
 async def clusters(
     request: Request, wanted: Annotated[Wanted, Depends()], gallery_name: GalleryQuery = DEFAULT
 ) -> Response:
-    """Every image is in the cluster to whose center it is nearest. Equal galleries give equal clusters, in whatever
-    order their images were added. There are fewer than `k` where fewer than `k` images differ.
+    """By k-means every image is in the cluster to whose center it is nearest; there are fewer than `k` where fewer
+    than `k` images differ. Equal galleries give equal clusters, in whatever order their images were added.
 
     The largest first. It is the gallery as it was when the work began; what is removed meanwhile is not shown.
     """
     surveys: Surveys = request.app.state.surveys
     gallery = await asyncio.to_thread(request.app.state.galleries.get, gallery_name)
     count = await asyncio.to_thread(len, gallery)
-    if wanted.k is not None and wanted.k > count > 0:
-        raise InvalidRequest(f"k is {wanted.k}, the gallery has {count:,} images: it must be 1 to {count:,}", "k")
+    _check(wanted, count)
+    question = "clusters", wanted.method, wanted.k, wanted.min_size
     async with while_connected(request):
-        partition = await surveys.ask(gallery, ("clusters", wanted.k), partial(part, gallery, wanted.k))
+        partition = await surveys.ask(gallery, question, partial(part, gallery, wanted))
     return await asyncio.to_thread(_reply, gallery, partition, wanted.typical)
 
 
@@ -94,12 +108,34 @@ def default_k(images: int) -> int:
     return min(max(round(sqrt(images / 2)), 2), 100, images)
 
 
-def part(gallery: Gallery, k: int | None, keys: I64, vectors: F32, pause: Pause) -> Partition:
+def _check(wanted: Wanted, count: int) -> None:
+    if wanted.method == "hdbscan":
+        if wanted.k is not None:
+            raise InvalidRequest(f"k is {wanted.k}, but hdbscan finds how many there are; it takes min_size", "k")
+        density.require(count)
+    elif wanted.min_size is not None:
+        raise InvalidRequest(f"min_size is {wanted.min_size}; it is for method=hdbscan", "min_size")
+    elif wanted.k is not None and wanted.k > count > 0:
+        raise InvalidRequest(f"k is {wanted.k}, the gallery has {count:,} images: it must be 1 to {count:,}", "k")
+
+
+def _divided(wanted: Wanted, vectors: F32, pause: Pause) -> Clustering:
+    if wanted.method == "hdbscan":
+        return density.hdbscan(vectors, wanted.min_size or MIN_SIZE, pause)
+    count = default_k(len(vectors)) if wanted.k is None else min(wanted.k, len(vectors))
+    return kmeans(vectors, count, pause)
+
+
+def part(gallery: Gallery, wanted: Wanted, keys: I64, vectors: F32, pause: Pause) -> Partition:
     """The clusters of the unit vectors `(N, D)` of these keys int64 `(N,)`; of none, none."""
     if not len(keys):
-        return Partition(keys, keys, [])
-    count = default_k(len(keys)) if k is None else min(k, len(keys))
-    centers, owner, scores = kmeans(vectors, count, pause)
+        return Partition(keys, keys, [], 0)
+    centers, owner, scores = _divided(wanted, vectors, pause)
+    inside = owner >= 0
+    unclustered = int(len(keys) - inside.sum())
+    keys, owner, scores = keys[inside], owner[inside], scores[inside]
+    if not len(keys):
+        return Partition(keys, owner, [], unclustered)
     sizes = np.bincount(owner)
     candidates = [_candidates(np.flatnonzero(owner == cluster), scores) for cluster in range(len(centers))]
     names = gallery.names(keys[np.concatenate(candidates)])
@@ -109,7 +145,7 @@ def part(gallery: Gallery, k: int | None, keys: I64, vectors: F32, pause: Pause)
         found = zip(keys[rows].tolist(), scores[rows].tolist(), strict=True)
         typical.append(sorted((-score, names[key][0], key) for key, score in found if key in names)[:MAX_TYPICAL])
     ranking = sorted(range(len(centers)), key=lambda cluster: (-sizes[cluster], [id for _, id, _ in typical[cluster]]))
-    return Partition(keys, np.argsort(ranking)[owner], [_arrays(typical[cluster]) for cluster in ranking])
+    return Partition(keys, np.argsort(ranking)[owner], [_arrays(typical[cluster]) for cluster in ranking], unclustered)
 
 
 def _candidates(rows: I64, scores: F32) -> I64:
@@ -129,6 +165,7 @@ def _reply(gallery: Gallery, partition: Partition, typical: int) -> Response:
     content = {
         "encoder": described(gallery.encoder),
         "images": len(partition.keys),
+        "unclustered": partition.unclustered,
         "clusters": [asdict(cluster) for cluster in _described(gallery, partition, typical)],
     }
     return json_reply(content)

@@ -41,7 +41,7 @@ class Typical:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Images that are nearer to one center than to all others."""
+    """Images that are nearer to one center than to all others, or by hdbscan lie close together."""
 
     size: int
     labels: list[LabelCount]  # the most frequent ones

@@ -57,7 +57,7 @@ class TypicalImage(BaseModel):
 
 
 class ImageCluster(BaseModel):
-    """Images that are nearer to one center than to all others."""
+    """Images that are nearer to one center than to all others, or by hdbscan lie close together."""
 
     size: int = Field(description="how many images it has")
     labels: list[ClusterLabel] = Field(description="its three most frequent labels, equal counts by alphabet")
@@ -69,4 +69,5 @@ class ClustersReply(BaseModel):
 
     encoder: EncoderName | None = Field(description="null if the gallery is empty")
     images: int = Field(description="how many there are in all clusters")
+    unclustered: int = Field(description="how many are in none; 0 by kmeans")
     clusters: list[ImageCluster]

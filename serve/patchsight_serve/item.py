@@ -90,6 +90,18 @@ class Neighbor:
     metadata: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class RegionNeighbor:
+    """An image that a region was looked for in. score: the mean cosine of the region's patches to their best matches in
+    it, -1 to 1. box: where most of these are: left, top, right and bottom in fractions of the image."""
+
+    id: str
+    score: float
+    label: str | None
+    metadata: dict[str, Any]
+    box: tuple[float, float, float, float]
+
+
 class Changes(TypedDict, total=False):
     """What to change of an image; a key that is not there leaves things as they are."""
 

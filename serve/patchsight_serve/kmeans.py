@@ -33,8 +33,7 @@ class Clustering(NamedTuple):
 def kmeans(vectors: F32, k: int, pause: Pause = lambda: None) -> Clustering:
     """Unit rows `(N, D)` in up to `k` clusters, 1 to N; in fewer where fewer of them differ, or a center is left with
     none."""
-    # By their bytes: the same vectors come in the same order, however they were added.
-    order: I64 = np.argsort(np.ascontiguousarray(vectors).view(f"V{4 * vectors.shape[1]}").ravel(), kind="stable")
+    order = in_order(vectors)
     random = np.random.default_rng(SEED)
     chosen = order
     if len(order) > k * PER_CLUSTER:
@@ -48,6 +47,12 @@ def kmeans(vectors: F32, k: int, pause: Pause = lambda: None) -> Clustering:
         owner[rows], scores[rows] = nearest_center(vectors[rows], centers)
     used, owner = np.unique(owner, return_inverse=True)
     return Clustering(centers[used], owner, scores)
+
+
+def in_order(vectors: F32) -> I64:
+    """Rows by their bytes: the same vectors come in the same order, however they were added."""
+    order: I64 = np.argsort(np.ascontiguousarray(vectors).view(f"V{4 * vectors.shape[1]}").ravel(), kind="stable")
+    return order
 
 
 def nearest_center(vectors: F32, centers: F32) -> tuple[I64, F32]:

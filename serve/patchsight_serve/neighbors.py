@@ -38,21 +38,27 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What both routes ask for, from the query string."""
+class Choice:
+    """Which images may be found, from the query string."""
 
-    k: Annotated[int, Query(ge=1, le=MAX_K, description="how many; more than there are returns all")] = 10
     label: Annotated[
         list[str] | None,
         Query(max_length=MAX_LABELS, description="only images of this label; given several times, of any of them"),
     ] = None
     filter: Annotated[str | None, Query(description=FILTER, examples=[FILTER_EXAMPLE])] = None
-    min_score: Annotated[float, Query(ge=-1, le=1, description="only scores from this on")] = -1.0
-    vote: Annotated[bool, Query(description="add the class that the neighbors vote for")] = False
 
     def chosen(self) -> Filter | None:
         """What `filter` says. Raises InvalidRequest."""
         return None if self.filter is None else Filter.parse(self.filter)
+
+
+@dataclass(frozen=True)
+class Wanted(Choice):
+    """What both routes ask for."""
+
+    k: Annotated[int, Query(ge=1, le=MAX_K, description="how many; more than there are returns all")] = 10
+    min_score: Annotated[float, Query(ge=-1, le=1, description="only scores from this on")] = -1.0
+    vote: Annotated[bool, Query(description="add the class that the neighbors vote for")] = False
 
 
 def router() -> APIRouter:

@@ -45,7 +45,7 @@ def test_requests(url: str, tmp_path: Path, readme_commands: Callable[[Path], li
         result = subprocess.run(asked, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=here)
         assert result.returncode == 0, f"{line}\n{result.stdout}{result.stderr}"
         replies.append(result.stdout)
-    embedded, drawn, neighbors, added, form, mine, filled, among, duplicates, clusters = replies
+    embedded, drawn, neighbors, added, form, mine, filled, among, region, duplicates, clusters = replies
     (result,) = json.loads(embedded)["results"]
     assert len(result["embedding"]) == 384  # CLS and mean side by side
     assert drawn == ""
@@ -65,6 +65,9 @@ def test_requests(url: str, tmp_path: Path, readme_commands: Callable[[Path], li
     assert best["metadata"] == {"path": "shoes.jpg"}
     assert best["score"] == pytest.approx(1, abs=1e-5)
     assert len(others) == min(5, photos) - 1
+    found = json.loads(region)
+    assert (found["looked_at"], len(found["neighbors"])) == (40, 10)
+    assert all(0 <= n["box"][0] < n["box"][2] <= 1 for n in found["neighbors"])
     (group,) = json.loads(duplicates)["groups"]
     assert group["id"] in {m["id"] for m in group["members"]}
     assert [m["copy_of"] for m in group["members"]].count(None) == 1

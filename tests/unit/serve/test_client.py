@@ -383,6 +383,24 @@ def test_encoders_and_neighbors(kind: Any, png: bytes, tmp_path: Path) -> None:
 
 
 @both
+def test_regions(kind: Any, tmp_path: Path) -> None:
+    images = photos(6)
+    with listening(state_dir=tmp_path) as (url, _), kind(url) as client:
+        for i, image in enumerate(images):
+            httpx.post(f"{url}/gallery/images?id=i{i}&label=l{i % 2}", content=image).raise_for_status()
+        box = (0.25, 0.2, 0.75, 0.5)
+        best, *others = client.neighbors_of_region(images[3], box, k=4)
+        assert (best.id, best.label, len(best.box), len(others)) == ("i3", "l1", 4, 3)
+        raw = httpx.get(f"{url}/neighbors/region?id=i3&box=0.25,0.2,0.75,0.5&k=2&label=l0").json()["neighbors"]
+        found = client.neighbors_of_region_of("i3", box, k=2, label="l0")
+        assert [asdict(n) | {"box": list(n.box)} for n in found] == raw
+        assert len(raw) == 2
+        with pytest.raises(InvalidRequest, match="fractions of the picture") as refused:
+            client.neighbors_of_region(images[3], (0, 0, 20, 20))
+        assert refused.value.param == "box"
+
+
+@both
 def test_duplicates_and_clusters(kind: Any, tmp_path: Path) -> None:
     images = photos(6)
     with listening(state_dir=tmp_path) as (url, _), kind(url) as client:

@@ -143,7 +143,7 @@ def test_labels_and_images_are_those_of_now(client: TestClient) -> None:
 
 def test_an_empty_gallery_has_no_clusters(client: TestClient) -> None:
     for query in ({}, {"k": 5}, {"typical": 1}):
-        assert ask(client, **query) == {"encoder": None, "images": 0, "clusters": []}
+        assert ask(client, **query) == {"encoder": None, "images": 0, "unclustered": 0, "clusters": []}
     assert client.get("/gallery/clusters", params={"gallery": "nowhere"}).status_code == 404
 
 
@@ -157,7 +157,7 @@ def test_an_empty_gallery_has_no_clusters(client: TestClient) -> None:
         ({"k": "x"}, "k"),
         ({"typical": 0}, "typical"),
         ({"typical": 101}, "typical"),
-        ({"method": "hdbscan"}, "kmeans"),
+        ({"method": "dbscan"}, "kmeans"),
     ],
 )
 def test_what_is_out_of_range_is_400(client: TestClient, query: dict[str, Any], message: str) -> None:
@@ -189,5 +189,5 @@ def test_damaged_rows_are_left_out(serving: Callable[..., TestClient], tmp_path:
 
 def test_the_route_is_documented(client: TestClient) -> None:
     get = client.get("/openapi.json").json()["paths"]["/gallery/clusters"]["get"]
-    assert {parameter["name"] for parameter in get["parameters"]} == {"gallery", "k", "method", "typical"}
+    assert {parameter["name"] for parameter in get["parameters"]} == {"gallery", "k", "method", "min_size", "typical"}
     assert {"200", "404", "429"} <= set(get["responses"])
