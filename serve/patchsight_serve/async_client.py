@@ -8,8 +8,9 @@ from typing import Any, Self, TypeVar, Unpack
 
 import httpx
 
+from patchsight_serve.client_gallery import GalleryConversation
 from patchsight_serve.client_images import Picture
-from patchsight_serve.client_protocol import Conversation, Options, Row
+from patchsight_serve.client_protocol import Options, Row
 from patchsight_serve.client_steps import Call, Step, Steps, Work
 from patchsight_serve.encoder import Values
 from patchsight_serve.group import Cluster, Group
@@ -22,7 +23,7 @@ class AsyncClient:
     """As `Client`, opened by `async with AsyncClient(url) as client`. Pictures are read and resized in threads."""
 
     def __init__(self, url: str, key: str | None = None, **options: Unpack[Options]) -> None:
-        self._talk = Conversation(url, key, **options)
+        self._talk = GalleryConversation(url, key, **options)
         self._http = self._talk.connect(httpx.AsyncClient)
 
     @property

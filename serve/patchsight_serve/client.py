@@ -10,8 +10,9 @@ from typing import Any, Self, TypeVar, Unpack
 import httpx
 
 from patchsight_serve.async_client import AsyncClient
+from patchsight_serve.client_gallery import GalleryConversation, New
 from patchsight_serve.client_images import Picture
-from patchsight_serve.client_protocol import Conversation, New, Options, Row
+from patchsight_serve.client_protocol import Options, Row
 from patchsight_serve.client_steps import Call, Step, Steps, Wait, Work
 from patchsight_serve.encoder import Values
 from patchsight_serve.errors import PatchsightError
@@ -39,7 +40,7 @@ class Client:
     """
 
     def __init__(self, url: str, key: str | None = None, **options: Unpack[Options]) -> None:
-        self._talk = Conversation(url, key, **options)
+        self._talk = GalleryConversation(url, key, **options)
         self._http = self._talk.connect(httpx.Client)
         try:
             self._run(self._talk.opened())

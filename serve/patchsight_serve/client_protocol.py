@@ -2,25 +2,22 @@
 or a `Work`, are sent what came of it, and return the result. `client` and `async_client` do what they yield."""
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypedDict, TypeVar
 
 import httpx
 import numpy as np
-import orjson
 from pydantic import ValidationError
 
-from patchsight_serve.client_images import Picture, batches, cut, encoded, weight
+from patchsight_serve.client_images import Picture, batches, encoded
 from patchsight_serve.client_steps import JSON, NPY, Call, Steps, Work, ask, named
 from patchsight_serve.encoder import Values
 from patchsight_serve.errors import Conflict, InvalidRequest, NotFound, PatchsightError, TooLarge
-from patchsight_serve.group import Cluster, Group, LabelCount, Member, Typical
-from patchsight_serve.item import Added, Identity, Neighbor, RegionNeighbor
+from patchsight_serve.item import Identity
 from patchsight_serve.manifest import Transform
 
 H = TypeVar("H", httpx.Client, httpx.AsyncClient)
 Row = Values | PatchsightError  # float32 (D,), or what is wrong with the image
-New = tuple[Picture, Mapping[str, Any]]  # for a gallery, with `id`, `label` and `metadata`, as far as it has them
 
 
 class Options(TypedDict, total=False):
@@ -115,7 +112,7 @@ class Conversation:
 
     def embed(self, pictures: Sequence[Picture]) -> Steps[list[Row]]:
         """One row per picture, in order."""
-        images = yield from _encoded(pictures, self._transform)
+        images = yield from encoded_all(pictures, self._transform)
         good = [image for image in images if isinstance(image, bytes)]
         rows = iter((yield from self._embed(good)) if good else ())
         return [image if isinstance(image, PatchsightError) else next(rows) for image in images]
@@ -141,99 +138,9 @@ class Conversation:
 
     def attention(self, picture: Picture, head: str, mass: float | None) -> Steps[Values]:
         """The map `(h, w)` of one picture."""
-        images = _good((yield from _encoded([picture], self._transform)))
+        images = good((yield from encoded_all([picture], self._transform)))
         query = {"head": head} | ({} if mass is None else {"mass": str(mass)})
         return self._array((yield from self._ask(self._about("/attention", images, NPY, **query))))
-
-    def new_batches(self, images: Iterable[New]) -> Iterator[list[New]]:
-        """Cut by number and by bytes."""
-        return cut(images, self._batch, self._batch_bytes, lambda new: weight(new[0]))
-
-    def add(self, images: Sequence[New], query: Mapping[str, object]) -> Steps[list[Added | PatchsightError]]:
-        """To a gallery: one result per image, in order."""
-        data = yield from _encoded([picture for picture, _ in images], None)
-        good = [(d, item) for d, (_, item) in zip(data, images, strict=True) if isinstance(d, bytes)]
-        results = iter((yield from self._add(good, query)) if good else ())
-        return [d if isinstance(d, PatchsightError) else next(results) for d in data]
-
-    def _add(
-        self, images: Sequence[tuple[bytes, Mapping[str, Any]]], query: Mapping[str, object]
-    ) -> Steps[list[Added | PatchsightError]]:
-        items = orjson.dumps([item for _, item in images]).decode()
-        call = Call("POST", "/gallery/images", _said(query), JSON, [data for data, _ in images], {"items": items})
-        try:
-            results = (yield from self._ask(call)).json()["results"]
-        except PatchsightError as error:
-            if len(images) == 1 and _is_about_image(error):
-                return [error]
-            if not isinstance(error, TooLarge):
-                raise
-            middle = len(images) // 2  # the server allows fewer images or bytes than we thought
-            return (yield from self._add(images[:middle], query)) + (yield from self._add(images[middle:], query))
-        return [named(**r["error"]) if "error" in r else Added(r["id"], r["created"]) for r in results]
-
-    def gallery(self, query: Mapping[str, object]) -> Steps[dict[str, Any]]:
-        """What `GET /gallery` tells."""
-        found: dict[str, Any] = (yield from self._ask(Call("GET", "/gallery", _said(query)))).json()
-        return found
-
-    def page(self, query: Mapping[str, object]) -> Steps[dict[str, Any]]:
-        """What `GET /gallery/images` tells."""
-        found: dict[str, Any] = (yield from self._ask(Call("GET", "/gallery/images", _said(query)))).json()
-        return found
-
-    def neighbors(self, picture: Picture | str, by_id: bool, query: Mapping[str, object]) -> Steps[list[Neighbor]]:
-        """Of a picture, or of the indexed image of that id."""
-        said = _said(query)
-        if by_id:
-            call = Call("GET", "/neighbors", said | {"id": str(picture)})
-        else:
-            call = Call("POST", "/neighbors", said, JSON, _good((yield from _encoded([picture], None))))
-        return [Neighbor(**found) for found in (yield from self._ask(call)).json()["neighbors"]]
-
-    def neighbors_each(
-        self, pictures: Sequence[Picture], query: Mapping[str, object]
-    ) -> Steps[list[list[Neighbor] | PatchsightError]]:
-        """One result per picture, in order."""
-        results: list[list[Neighbor] | PatchsightError] = []
-        for picture in pictures:
-            try:
-                results.append((yield from self.neighbors(picture, False, query)))
-            except PatchsightError as error:
-                if not _is_about_image(error):
-                    raise
-                results.append(error)
-        return results
-
-    def region(
-        self, picture: Picture | str, by_id: bool, box: Sequence[float], query: Mapping[str, object]
-    ) -> Steps[list[RegionNeighbor]]:
-        """Images that contain a region of a picture, or of the indexed image of that id."""
-        said = _said(query) | {"box": ",".join(str(float(edge)) for edge in box)}
-        if by_id:
-            call = Call("GET", "/neighbors/region", said | {"id": str(picture)})
-        else:
-            call = Call("POST", "/neighbors/region", said, JSON, _good((yield from _encoded([picture], None))))
-        found = (yield from self._ask(call)).json()["neighbors"]
-        return [RegionNeighbor(**{**neighbor, "box": tuple(neighbor["box"])}) for neighbor in found]
-
-    def duplicates(self, query: Mapping[str, object]) -> Steps[list[Group]]:
-        """Page after page, up to `limit` groups if that is asked for."""
-        said, groups = _said(query), []
-        while True:
-            page = (yield from self._ask(Call("GET", "/gallery/duplicates", said))).json()
-            groups += [Group(g["id"], g["size"], [Member(**m) for m in g["members"]]) for g in page["groups"]]
-            if "limit" in query or page["next_cursor"] is None:
-                return groups
-            said = said | {"cursor": page["next_cursor"]}
-
-    def clusters(self, query: Mapping[str, object]) -> Steps[list[Cluster]]:
-        """All of a gallery."""
-        call = Call("GET", "/gallery/clusters", _said(query))
-        return [
-            Cluster(c["size"], [LabelCount(**count) for count in c["labels"]], [Typical(**t) for t in c["typical"]])
-            for c in (yield from self._ask(call)).json()["clusters"]
-        ]
 
     def _ask(self, call: Call) -> Steps[httpx.Response]:
         return ask(call, self.url, self._patience_s, self._outage_s)
@@ -261,31 +168,9 @@ class Conversation:
             raise Conflict(f"{self.url}: encoder {self.encoder.name!r} was exchanged during the work")
 
 
-def _said(query: Mapping[str, object]) -> dict[str, str | list[str]]:
-    """As the server reads it: a filter as JSON, several labels one by one; None is not said."""
-    said: dict[str, str | list[str]] = {}
-    for name, value in query.items():
-        if name == "filter" and isinstance(value, Mapping):
-            try:
-                said[name] = orjson.dumps(value).decode()
-            except TypeError as error:
-                raise InvalidRequest(f"filter cannot be written as JSON: {error}", "filter") from None
-        elif isinstance(value, list | tuple | set | frozenset):
-            if not value:  # which a query string cannot say: it would be as if nothing had been chosen
-                raise InvalidRequest(f"{name} is empty: there is nothing to choose from", name)
-            said[name] = [str(one) for one in value]
-        elif value is not None:
-            said[name] = str(value)
-    return said
+def encoded_all(pictures: Sequence[Picture], transform: Transform | None) -> Steps[list[bytes | PatchsightError]]:
+    """One per picture, in order."""
 
-
-def _is_about_image(error: PatchsightError) -> bool:
-    """Whether an error that a request with one image got is that of the image."""
-    about = error.param or ""
-    return about in ("id", "label", "metadata", "items") or about.startswith("images[") or isinstance(error, TooLarge)
-
-
-def _encoded(pictures: Sequence[Picture], transform: Transform | None) -> Steps[list[bytes | PatchsightError]]:
     def one(picture: Picture) -> bytes | PatchsightError:
         try:
             return encoded(picture, transform)
@@ -296,7 +181,7 @@ def _encoded(pictures: Sequence[Picture], transform: Transform | None) -> Steps[
     return images
 
 
-def _good(images: Sequence[bytes | PatchsightError]) -> list[bytes]:
+def good(images: Sequence[bytes | PatchsightError]) -> list[bytes]:
     """Raises the first error among them."""
     for image in images:
         if isinstance(image, PatchsightError):

@@ -1,0 +1,133 @@
+"""What a client says to a server about its galleries: as `client_protocol`, without a socket."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from patchsight_serve.client_images import Picture, cut, weight
+from patchsight_serve.client_protocol import Conversation, encoded_all, good
+from patchsight_serve.client_steps import JSON, Call, Steps, named
+from patchsight_serve.errors import InvalidRequest, PatchsightError, TooLarge
+from patchsight_serve.group import Cluster, Group, LabelCount, Member, Typical
+from patchsight_serve.item import Added, Neighbor, RegionNeighbor
+
+New = tuple[Picture, Mapping[str, Any]]  # for a gallery, with `id`, `label` and `metadata`, as far as it has them
+
+
+class GalleryConversation(Conversation):
+    """With one server, about one encoder of it and all galleries."""
+
+    def new_batches(self, images: Iterable[New]) -> Iterator[list[New]]:
+        """Cut by number and by bytes."""
+        return cut(images, self._batch, self._batch_bytes, lambda new: weight(new[0]))
+
+    def add(self, images: Sequence[New], query: Mapping[str, object]) -> Steps[list[Added | PatchsightError]]:
+        """To a gallery: one result per image, in order."""
+        data = yield from encoded_all([picture for picture, _ in images], None)
+        sound = [(d, item) for d, (_, item) in zip(data, images, strict=True) if isinstance(d, bytes)]
+        results = iter((yield from self._add(sound, query)) if sound else ())
+        return [d if isinstance(d, PatchsightError) else next(results) for d in data]
+
+    def _add(
+        self, images: Sequence[tuple[bytes, Mapping[str, Any]]], query: Mapping[str, object]
+    ) -> Steps[list[Added | PatchsightError]]:
+        items = orjson.dumps([item for _, item in images]).decode()
+        call = Call("POST", "/gallery/images", _said(query), JSON, [data for data, _ in images], {"items": items})
+        try:
+            results = (yield from self._ask(call)).json()["results"]
+        except PatchsightError as error:
+            if len(images) == 1 and _is_about_image(error):
+                return [error]
+            if not isinstance(error, TooLarge):
+                raise
+            middle = len(images) // 2  # the server allows fewer images or bytes than we thought
+            return (yield from self._add(images[:middle], query)) + (yield from self._add(images[middle:], query))
+        return [named(**r["error"]) if "error" in r else Added(r["id"], r["created"]) for r in results]
+
+    def gallery(self, query: Mapping[str, object]) -> Steps[dict[str, Any]]:
+        """What `GET /gallery` tells."""
+        found: dict[str, Any] = (yield from self._ask(Call("GET", "/gallery", _said(query)))).json()
+        return found
+
+    def page(self, query: Mapping[str, object]) -> Steps[dict[str, Any]]:
+        """What `GET /gallery/images` tells."""
+        found: dict[str, Any] = (yield from self._ask(Call("GET", "/gallery/images", _said(query)))).json()
+        return found
+
+    def neighbors(self, picture: Picture | str, by_id: bool, query: Mapping[str, object]) -> Steps[list[Neighbor]]:
+        """Of a picture, or of the indexed image of that id."""
+        said = _said(query)
+        if by_id:
+            call = Call("GET", "/neighbors", said | {"id": str(picture)})
+        else:
+            call = Call("POST", "/neighbors", said, JSON, good((yield from encoded_all([picture], None))))
+        return [Neighbor(**found) for found in (yield from self._ask(call)).json()["neighbors"]]
+
+    def neighbors_each(
+        self, pictures: Sequence[Picture], query: Mapping[str, object]
+    ) -> Steps[list[list[Neighbor] | PatchsightError]]:
+        """One result per picture, in order."""
+        results: list[list[Neighbor] | PatchsightError] = []
+        for picture in pictures:
+            try:
+                results.append((yield from self.neighbors(picture, False, query)))
+            except PatchsightError as error:
+                if not _is_about_image(error):
+                    raise
+                results.append(error)
+        return results
+
+    def region(
+        self, picture: Picture | str, by_id: bool, box: Sequence[float], query: Mapping[str, object]
+    ) -> Steps[list[RegionNeighbor]]:
+        """Images that contain a region of a picture, or of the indexed image of that id."""
+        said = _said(query) | {"box": ",".join(str(float(edge)) for edge in box)}
+        if by_id:
+            call = Call("GET", "/neighbors/region", said | {"id": str(picture)})
+        else:
+            call = Call("POST", "/neighbors/region", said, JSON, good((yield from encoded_all([picture], None))))
+        found = (yield from self._ask(call)).json()["neighbors"]
+        return [RegionNeighbor(**{**neighbor, "box": tuple(neighbor["box"])}) for neighbor in found]
+
+    def duplicates(self, query: Mapping[str, object]) -> Steps[list[Group]]:
+        """Page after page, up to `limit` groups if that is asked for."""
+        said, groups = _said(query), []
+        while True:
+            page = (yield from self._ask(Call("GET", "/gallery/duplicates", said))).json()
+            groups += [Group(g["id"], g["size"], [Member(**m) for m in g["members"]]) for g in page["groups"]]
+            if "limit" in query or page["next_cursor"] is None:
+                return groups
+            said = said | {"cursor": page["next_cursor"]}
+
+    def clusters(self, query: Mapping[str, object]) -> Steps[list[Cluster]]:
+        """All of a gallery."""
+        call = Call("GET", "/gallery/clusters", _said(query))
+        return [
+            Cluster(c["size"], [LabelCount(**count) for count in c["labels"]], [Typical(**t) for t in c["typical"]])
+            for c in (yield from self._ask(call)).json()["clusters"]
+        ]
+
+
+def _said(query: Mapping[str, object]) -> dict[str, str | list[str]]:
+    """As the server reads it: a filter as JSON, several labels one by one; None is not said."""
+    said: dict[str, str | list[str]] = {}
+    for name, value in query.items():
+        if name == "filter" and isinstance(value, Mapping):
+            try:
+                said[name] = orjson.dumps(value).decode()
+            except TypeError as error:
+                raise InvalidRequest(f"filter cannot be written as JSON: {error}", "filter") from None
+        elif isinstance(value, list | tuple | set | frozenset):
+            if not value:  # which a query string cannot say: it would be as if nothing had been chosen
+                raise InvalidRequest(f"{name} is empty: there is nothing to choose from", name)
+            said[name] = [str(one) for one in value]
+        elif value is not None:
+            said[name] = str(value)
+    return said
+
+
+def _is_about_image(error: PatchsightError) -> bool:
+    """Whether an error that a request with one image got is that of the image."""
+    about = error.param or ""
+    return about in ("id", "label", "metadata", "items") or about.startswith("images[") or isinstance(error, TooLarge)
