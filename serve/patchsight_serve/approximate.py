@@ -67,8 +67,8 @@ class Approximate:
     def search(
         self, vectors: Vectors, query: F32, k: int, only: I64 | None = None, left: I64 | None = None
     ) -> tuple[I64, F32, int]:
-        """Keys and scores, in any order, of at least `k` vectors, where there are so many; and how many lists were
-        visited.
+        """Keys and scores, in any order, of `k` vectors and all ties at the k-th place, or all that there are; and how
+        many lists were visited.
 
         query: unit `(D,)`. only: keys to choose from, or None; else those that are not `left`, or None.
         """
@@ -77,17 +77,19 @@ class Approximate:
         while True:
             params = faiss.SearchParametersIVF(sel=selector, nprobe=probes)  # type: ignore[call-arg]
             (by_code,), (found,) = self.codes.search(query[None], fetch, params=params)
-            keys = vectors.present(found)
+            there = vectors.has(found)
+            keys = found[there]
             scores = _scores(vectors, keys, query, k)
             enough = len(keys) >= k
             least = float(np.partition(scores, -k)[-k]) if enough else -1.0
-            error = 3 * float(np.std(by_code[np.isin(found, keys)] - scores)) if enough else np.inf
+            error = 3 * float(np.std(by_code[there] - scores)) if enough else np.inf
             if found[-1] >= 0 and least <= by_code[-1] + error:
                 fetch *= 4  # one that the codes have behind those fetched may be better
                 continue
             needed = self.plan.needed(least) if enough else self.plan.lists
             if needed <= probes or probes == self.plan.lists:
-                return keys, scores, probes
+                best = scores >= least
+                return keys[best], scores[best], probes
             probes = min(needed, GROWTH * probes)  # in steps: what is found next may be more similar, and need less
 
 

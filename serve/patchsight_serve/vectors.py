@@ -64,9 +64,13 @@ class Vectors:
         self._flat.remove_ids(faiss.IDSelectorRange(left, self.ntotal))
         return len(gone)
 
+    def has(self, keys: I64) -> Any:
+        """Whether each of the keys is there, bool `(N,)`."""
+        return self._rows_of(keys) >= 0
+
     def present(self, keys: I64) -> I64:
         """Those of the keys that are there, in their order."""
-        return keys[self._rows_of(keys) >= 0]
+        return keys[self.has(keys)]
 
     def reconstruct_batch(self, keys: I64) -> F32:
         """Their vectors `(N, D)`. Raises KeyError where one is not there."""
