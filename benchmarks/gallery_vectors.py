@@ -25,7 +25,8 @@ NOISE = 0.2  # on a real embedding of length 1
 def prepare(runs: Path, count: int) -> Path:
     """The folder `<runs>/<count>` with `vectors.npy` float32 `(count, DIM)`, `queries.npy` `(2 · QUERIES, DIM)`, the
     made-up ones first, and `truth.npz`: for all, and for each of SHARES, the row numbers of the K nearest, int64
-    `(2 · QUERIES, K)`, −1 where there are fewer. It takes twice the vectors in memory."""
+    `(2 · QUERIES, K)`, −1 where there are fewer. count: 2 · QUERIES · PLANTED at least. It takes twice the vectors in
+    memory."""
     folder = runs / str(count)
     if (folder / "truth.npz").exists():  # the last that is written
         return folder
