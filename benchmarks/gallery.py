@@ -17,6 +17,8 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,37 +33,61 @@ COUNT = 1_000_000
 PLOT = "![recall at 10 against milliseconds, a line for each contender](images/gallery.png)"
 
 
+def kept(name: str, verb: str, folder: Path) -> Path:
+    """What an arm said after it was filled or asked."""
+    return folder / f"{name}.{verb}.json"
+
+
 def run(name: str, verb: str, folder: Path, seconds: float) -> dict[str, Any]:
-    """What an arm says after it was filled or asked, from an earlier run if it did so there; `failure` where it cannot,
-    with its last words. Its log is `<name>.<verb>.log`."""
-    arm, kept, log = ARMS[name], folder / f"{name}.{verb}.json", folder / f"{name}.{verb}.log"
-    store = folder / (arm.filled or name)
-    if kept.exists():
-        return dict(json.loads(kept.read_text()))
-    if verb == "fill" and store.exists():  # half
-        shutil.rmtree(store)
+    """What the arm says, or said in an earlier run; `failure` where it cannot, with its last words. Its log is
+    `<name>.<verb>.log`."""
+    arm, answer, log = ARMS[name], kept(name, verb, folder), folder / f"{name}.{verb}.log"
+    if answer.exists():
+        return dict(json.loads(answer.read_text()))
     try:
         python = python_of(arm.environment) if arm.environment else Path(sys.executable)
     except RuntimeError as error:
         return {"failure": str(error)}
-    line = [str(python), str(Path(__file__).with_name("gallery_arm.py")), name, verb]
-    line += [str(store), str(folder), str(seconds)]
-    with log.open("w") as errors:
+    with store(name, verb, folder) as place, log.open("w") as errors:
+        line = [str(python), str(Path(__file__).with_name("gallery_arm.py")), name, verb]
+        line += [str(place), str(folder), str(seconds)]
         done = subprocess.run(line, stdout=subprocess.PIPE, stderr=errors, text=True)
     if done.returncode:
         words = log.read_text().strip().splitlines() or [f"it ended with status {done.returncode}"]
         return {"failure": f"{verb}: {words[-1]}"}
     said = done.stdout.strip().splitlines()[-1]  # some contenders print too
-    kept.write_text(said + "\n")
+    answer.write_text(said + "\n")
     return dict(json.loads(said))
+
+
+@contextmanager
+def store(name: str, verb: str, folder: Path) -> Iterator[Path]:
+    """The folder to fill; or, as whoever is asked is written to as well, a copy of what was filled in."""
+    filled = folder / (ARMS[name].filled or name)
+    if verb == "fill":
+        shutil.rmtree(filled, ignore_errors=True)  # half of it, of a run that was stopped
+        yield filled
+        return
+    copy = folder / f"{name}.asked"
+    shutil.rmtree(copy, ignore_errors=True)
+    try:
+        subprocess.run(
+            ["cp", "-a", str(filled), str(copy)], check=True
+        )  # with owners: PostgreSQL has a user of its own
+        yield copy
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
 
 
 def measure(names: list[str], folders: dict[str, Path], seconds: float, keep: bool) -> dict[str, dict[str, Any]]:
     """Fill all, then ask all: those that are compared are asked soon after one another."""
     filled, asked = {}, {}
-    for name in dict.fromkeys(ARMS[name].filled or name for name in names):
-        filled[name] = run(name, "fill", folders[name], seconds)
-        print(name, filled[name], flush=True)
+    for name in names:
+        source, folder = ARMS[name].filled or name, folders[name]
+        if not (folder / source).exists() and not kept(name, "ask", folder).exists():
+            kept(source, "fill", folder).unlink(missing_ok=True)  # it is gone, and somebody has still to be asked
+        filled[source] = run(source, "fill", folder, seconds)
+        print(source, filled[source], flush=True)
     for name in names:
         fill = filled[ARMS[name].filled or name]
         asked[name] = fill if "failure" in fill else run(name, "ask", folders[name], seconds)

@@ -16,7 +16,7 @@ from gallery_peers.contender import DIM, F32, I64, TIERS, Contender, K, Search
 
 WARM_UP = 20  # queries that do not count
 WRITTEN, PAUSE_S = 10, 0.1  # vectors that a writer adds at once, and how often
-NEW_KEYS = 10**12  # beyond all that were filled in; those of different runs differ by the clock
+NEW_KEYS = 10**12  # beyond all that were filled in; those of two writers differ by the clock
 
 
 class Load(NamedTuple):
@@ -95,10 +95,8 @@ def ask_on(
 
 @contextmanager
 def writing(contender: Contender) -> Iterator[list[int]]:
-    """WRITTEN vectors are added every PAUSE_S while the block runs; how many so far, in a list of one.
-
-    Their directions are random: they are near to nothing, and change no answer.
-    """
+    """WRITTEN vectors of random directions are added every PAUSE_S while the block runs; how many so far, in a list of
+    one."""
     rng, over, written = np.random.default_rng(), threading.Event(), [0]
     first = NEW_KEYS + int(1000 * time.time()) * 1000
 
