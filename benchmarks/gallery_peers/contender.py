@@ -60,7 +60,7 @@ class Contender(Protocol):
         """Add vectors under new keys."""
 
     def finish(self) -> None:
-        """After the last `add` of a filling: make the index, and have all on the disk."""
+        """After the last `add` of a filling: make the index, and have all on the disk; then there is only `close`."""
 
     def settle(self) -> None:
         """Return when searches are as fast as they will be."""

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from gallery_peers.contender import CANDIDATES, DIM, F32, I64, LINKS, WIDTHS, InProcess, K, Search
+from milvus_lite.server_manager import server_manager_instance
 from pymilvus import DataType, MilvusClient
 
 NAME = "vectors"
@@ -17,7 +18,8 @@ class MilvusLite(InProcess):
     efforts = WIDTHS
 
     def __init__(self, folder: Path, count: int) -> None:  # noqa: ARG002
-        self._client = MilvusClient(str(folder / "milvus.db"))
+        self._place = str(folder / "milvus.db")
+        self._client = MilvusClient(self._place)
         if self._client.has_collection(NAME):
             self._client.load_collection(NAME)  # without it a query takes seconds
             return
@@ -39,7 +41,7 @@ class MilvusLite(InProcess):
 
     def finish(self) -> None:
         self._client.flush(NAME)
-        self._client.load_collection(NAME)
+        self.close()  # the graphs are built in the background, and nothing tells when but the server's end
 
     @contextmanager
     def client(self, effort: int, tier: int | None, by: str) -> Iterator[Search]:  # noqa: ARG002
@@ -54,3 +56,4 @@ class MilvusLite(InProcess):
 
     def close(self) -> None:
         self._client.close()
+        server_manager_instance.release_server(self._place)
