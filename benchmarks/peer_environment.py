@@ -16,12 +16,17 @@ PACKAGES = {
     "bentoml": ["bentoml"],
     "ray_serve": ["ray[serve]"],
     "triton": ["nvidia-pytriton"],
+    "usearch": ["usearch"],
+    "milvus_lite": ["milvus-lite", "pymilvus"],
+    "pgvector": ["pgserver", "psycopg[binary]", "pgvector"],  # pgserver: a PostgreSQL with the extension in it
 }
+STORES = ("usearch", "milvus_lite", "pgvector")  # of vectors: they see no image and run no encoder
 PROBE = "import importlib.metadata as m, sys; print(m.version(sys.argv[1]))"
 
 
 def python_of(peer: str) -> Path:
-    """The interpreter of a peer's environment, with the decoder's and the engine's packages at our own versions.
+    """The interpreter of a peer's environment, with numpy at our own version, and for whoever runs an encoder the
+    decoder's and the engine's packages.
 
     Raises RuntimeError with uv's words where it cannot be made.
     """
@@ -50,6 +55,8 @@ def version_of(peer: str) -> str:
 
 def _requirements(peer: str) -> list[str]:
     numpy = "numpy<2" if peer == "triton" else f"numpy=={version('numpy')}"  # its backend gives empty outputs under 2
+    if peer in STORES:
+        return [numpy, *PACKAGES[peer]]
     common = [numpy, f"pillow=={version('pillow')}", f"pydantic=={version('pydantic')}"]
     return [*common, f"onnxruntime=={onnxruntime.__version__}", *PACKAGES[peer]]
 

@@ -64,7 +64,7 @@ class Vectors:
         self._flat.remove_ids(faiss.IDSelectorRange(left, self.ntotal))
         return len(gone)
 
-    def has(self, keys: I64) -> Any:
+    def has(self, keys: I64) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Whether each of the keys is there, bool `(N,)`."""
         return self._rows_of(keys) >= 0
 
