@@ -8,9 +8,8 @@ from pathlib import Path
 
 from gallery_peers.contender import F32, I64, TIERS, InProcess, K, Search
 
-from patchsight_serve.bulk_add import add_vectors
+from patchsight_serve.embedded_gallery import EmbeddedGallery
 from patchsight_serve.filters import Filter
-from patchsight_serve.gallery import Gallery
 from patchsight_serve.index import EXACT_LIMIT
 from patchsight_serve.item import Identity, Item, NewVector
 
@@ -27,7 +26,7 @@ class Patchsight(InProcess):
 
     def __init__(self, folder: Path, count: int) -> None:
         limit = count * 2 if self.exact else min(EXACT_LIMIT, count // 5)  # a trial with few vectors is approximate too
-        self._gallery = Gallery(folder / "gallery", exact_limit=limit)
+        self._gallery = EmbeddedGallery(folder / "gallery", exact_limit=limit)
 
     def version(self) -> str:
         return f"patchsight {version('patchsight')}, faiss {version('faiss-cpu')}"
@@ -37,7 +36,7 @@ class Patchsight(InProcess):
             NewVector(Item(str(key), str(tier), {"tier": tier}), None, vector)
             for key, vector, tier in zip(keys.tolist(), vectors, tiers.tolist(), strict=True)
         ]
-        add_vectors(self._gallery, [batch], ENCODER)
+        self._gallery.add_vectors(lambda: [batch], ENCODER)
 
     def finish(self) -> None:
         self.settle()

@@ -19,7 +19,7 @@ import numpy as np
 from patchsight_serve.nearest import F32, I64, cosine
 from patchsight_serve.vectors import Vectors
 
-SPARE, FETCH = 10, 100  # codes fetched: so many for each neighbor wanted, and so many more
+SPARE, FETCH = 10, 300  # codes fetched: so many for each neighbor wanted, and so many more
 GROWTH = 8  # times as many lists as before, at most, when those visited were too few
 STEPS = np.arange(-1.0, 1.0, 0.05)  # of similarity
 ROUNDING = 1e-6  # scores of one pair of vectors, summed in another order, differ by less

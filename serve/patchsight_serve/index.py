@@ -166,7 +166,8 @@ class Index:
             if self._journal is not None or not self._wanting():
                 return
             self._journal, self._kept = [], True
-            work = self._journal, self._vectors
+            assert self._vectors is not None
+            work = self._journal, self._vectors, self._vectors.keys()
             builder = threading.Thread(target=self._build, args=work, name="index build", daemon=True)
             self._builder = builder
         builder.start()
@@ -177,12 +178,12 @@ class Index:
         gone = made.codes.ntotal - count if made is not None and count > self._exact_limit else 0
         return count >= self._due or gone > STALE * count
 
-    def _build(self, journal: list[Come], vectors: Vectors) -> None:
+    def _build(self, journal: list[Come], vectors: Vectors, keys: I64) -> None:
         faiss.omp_set_num_threads(1)  # of this thread: the other cores are for those who wait
-        count = vectors.ntotal
+        count = len(keys)
         log.info("an approximate index of %d vectors is being built", count)
         try:
-            made = build(vectors, lambda: self._reading(journal), lambda: self._go_on(journal))
+            made = build(vectors, keys, lambda: self._reading(journal), lambda: self._go_on(journal))
             if made is not None:
                 if self._file is not None:
                     self._file.write(made, vectors, lambda: self._reading(journal))

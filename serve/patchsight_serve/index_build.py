@@ -28,8 +28,8 @@ CHUNK = 8192  # vectors between two looks at whether to go on: about a second at
 Some = tuple[I64, F32]  # keys and their vectors
 
 
-def build(vectors: Vectors, reading: Reading, go_on: Callable[[], None]) -> Approximate | None:
-    """Codes of all vectors, and how to search them; None if there are too few to learn a code from.
+def build(vectors: Vectors, keys: I64, reading: Reading, go_on: Callable[[], None]) -> Approximate | None:
+    """Codes of the vectors under these keys, and how to search them; None if there are too few to learn a code from.
 
     reading: nothing changes during its block. go_on: is called once in a second or so; both raise to end the work.
     """
@@ -41,8 +41,6 @@ def build(vectors: Vectors, reading: Reading, go_on: Callable[[], None]) -> Appr
             return there, vectors.reconstruct_batch(there)
 
     rng = np.random.default_rng(0)
-    with reading():
-        keys = vectors.keys()
     lists = max(1, min(int(LISTS * len(keys) ** 0.5), len(keys) // LIST))
     chosen = rng.choice(keys, min(len(keys), SAMPLE * lists), replace=False)
     sample = np.concatenate([np.empty((0, vectors.d), np.float32), *(read(some)[1] for some in _chunks(chosen))])

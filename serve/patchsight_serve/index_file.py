@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 MAGIC = b"PSINDEX1"
 DIGEST = 16  # bytes
-NEW = 0.1  # of all vectors: more that have no code yet are a reason to make all of them anew
+NEW, FEW = 0.1, 512  # of all vectors; vectors: more that have no code yet are a reason to make all of them anew
 SPARE = 2  # times the file's size: what must be free on the disk, or writes to the gallery might find none
 _CHUNK = 8192  # vectors: a change waits for so many at most
 
@@ -142,6 +142,6 @@ def _check(vectors: Vectors, keys: I64, marks: I64) -> I64:
         if (marks_of(vectors.reconstruct_batch(keys[some])) != marks[some]).any():
             raise _Useless("its vectors are not those of the record")
     new = np.setdiff1d(vectors.keys(), keys)
-    if len(new) > NEW * vectors.ntotal:
+    if len(new) > max(NEW * vectors.ntotal, FEW):
         raise _Useless(f"{len(new)} of {vectors.ntotal} vectors of the record are not in it")
     return new

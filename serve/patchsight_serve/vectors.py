@@ -70,7 +70,8 @@ class Vectors:
 
     def present(self, keys: I64) -> I64:
         """Those of the keys that are there, in their order."""
-        return keys[self.has(keys)]
+        there: I64 = keys[self.has(keys)]
+        return there
 
     def reconstruct_batch(self, keys: I64) -> F32:
         """Their vectors `(N, D)`. Raises KeyError where one is not there."""

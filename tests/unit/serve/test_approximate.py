@@ -28,7 +28,7 @@ def free() -> AbstractContextManager[None]:
 def made(vectors: F32, keys: I64) -> tuple[Vectors, Approximate]:
     held = Vectors(vectors.shape[1])
     held.add(keys, vectors)
-    built = build(held, free, lambda: None)
+    built = build(held, held.keys(), free, lambda: None)
     assert built is not None
     return held, built
 
@@ -167,7 +167,7 @@ def test_too_few_to_learn_codes_from() -> None:
     for count in (0, 1, 31):
         held = Vectors(16)
         held.add(np.arange(count), clustered(count))
-        assert build(held, free, lambda: None) is None
+        assert build(held, held.keys(), free, lambda: None) is None
 
 
 @pytest.mark.parametrize("dim", [1, 3, 7, 130])
@@ -200,7 +200,7 @@ def test_what_goes_while_it_is_built_is_not_found() -> None:
                 held.remove(np.setdiff1d(np.arange(1000), rest))
             return nullcontext()
 
-        built = build(held, reading, lambda: None)
+        built = build(held, held.keys(), reading, lambda: None)
         if not rest.size:
             assert built is None or built.search(held, clustered(1)[0], 10)[0].size == 0
             continue
@@ -224,7 +224,7 @@ def test_it_ends_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
         asked += 1
         return nullcontext()
 
-    build(held, count, count)
+    build(held, held.keys(), count, count)
     assert asked > 40
     for last in (1, 5, asked - 1):
         left = last
@@ -237,4 +237,4 @@ def test_it_ends_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
             return nullcontext()
 
         with pytest.raises(Enough):
-            build(held, go_on, go_on)
+            build(held, held.keys(), go_on, go_on)

@@ -15,8 +15,8 @@ import uvicorn
 from patchsight_serve import client_steps, embed
 from patchsight_serve.app import create_app
 from patchsight_serve.client import Client
-from patchsight_serve.embedded_galleries import EmbeddedGalleries as Galleries
 from patchsight_serve.dataset import read_dataset
+from patchsight_serve.embedded_galleries import EmbeddedGalleries as Galleries
 from patchsight_serve.embedder import LocalEmbedder
 from patchsight_serve.errors import NotReady, PatchsightError
 from patchsight_serve.fake_encoder import FakeEncoder

@@ -85,7 +85,7 @@ def held_build(monkeypatch: pytest.MonkeyPatch):
         there, go_on, build = threading.Event(), threading.Event(), index_module.build
         left = reads
 
-        def slow(vectors, reading, check):
+        def slow(vectors, keys, reading, check):
             def counted():
                 nonlocal left
                 left -= 1
@@ -94,7 +94,7 @@ def held_build(monkeypatch: pytest.MonkeyPatch):
                     assert go_on.wait(60)
                 return reading()
 
-            return build(vectors, counted, check)
+            return build(vectors, keys, counted, check)
 
         monkeypatch.setattr(index_module, "build", slow)
         monkeypatch.setattr("patchsight_serve.index_build.CHUNK", 256)
@@ -164,7 +164,7 @@ def test_changes_during_a_build_are_all_in_the_new_index(
     """Brought in while searches go on, or all at the end."""
     monkeypatch.setattr(index_module, "FEW", few)
     index, truth = open_index(1000), Truth()
-    there, go_on = held_build(12)  # the keys, eight parts for the centers, then the vectors
+    there, go_on = held_build(12)  # eight parts for the centers, then the vectors
 
     def change(fresh: dict[int, F32], gone: set[int]) -> None:
         truth.change(fresh, gone)
@@ -192,6 +192,7 @@ def test_changes_during_a_build_are_all_in_the_new_index(
     assert state.probes < state.lists
     assert set(index.keys().tolist()) == set(truth.vectors)
     assert len(index) == len(truth.vectors)
+    assert len(set(index._approximate.keys().tolist())) == index._approximate.codes.ntotal  # nobody has two codes
     assert recall(index, truth, clustered(100, seed=5)) >= 0.95
     change({key: vectors[key] for key in range(3000, 3100)}, set(range(500, 600)))
     assert set(index.keys().tolist()) == set(truth.vectors)
