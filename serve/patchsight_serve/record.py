@@ -6,6 +6,7 @@ one is noticed. Pictures lie in their own table, which keeps reading all vectors
 """
 
 import errno
+import json
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from patchsight_serve.long_reads import LongReads
 from patchsight_serve.nearest import I64
 from patchsight_serve.record_file import NEW, SCHEMA, VERSION, connect, lock_out_others
 from patchsight_serve.row import COLUMNS, Row, digest, row_checksum, to_row
+from patchsight_serve.selections import Selections
 
 _CHUNK = 500  # values per query: SQLite takes 999 variables in old builds
 STEPS = 10_000  # of SQLite between two looks whether a long read is still wanted: a millisecond or less
@@ -34,6 +36,8 @@ class Record:
         self.path = path
         self._ended: PatchsightError | None = None
         self._long_reads = LongReads()
+        self._selections = Selections(self._holding)
+        self._written: list[int] = []  # keys, in the transaction
         with self._explained():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = lock_out_others(path.with_suffix(".lock"))
@@ -74,9 +78,11 @@ class Record:
         part). Raises StorageFull."""
         with self._explained():
             self._writer.execute("BEGIN IMMEDIATE")
+            self._written = []
             try:
                 yield
                 self._writer.execute("COMMIT")
+                self._selections.changed(self._written)
             except BaseException:
                 if self._writer.in_transaction:  # after some errors SQLite has rolled back on its own
                     self._writer.execute("ROLLBACK")
@@ -105,10 +111,12 @@ class Record:
         checksum = row_checksum(row.id, label, metadata, row.sha256, row.vector)
         change = "UPDATE images SET label = ?, metadata = ?, checksum = ? WHERE key = ?"
         self._writer.execute(change, (label, metadata, checksum, row.key))
+        self._written.append(row.key)
 
     def delete(self, key: int) -> None:
         """Inside a transaction."""
         self._writer.execute("DELETE FROM images WHERE key = ?", (key,))
+        self._written.append(key)
 
     def find(self, ids: Sequence[str]) -> dict[str, Row]:
         """The rows, damaged ones too, of those ids that are there."""
@@ -149,12 +157,18 @@ class Record:
                 raise PatchsightError(f"{self.path}: the file is damaged: its keys are not in order")
 
     def select(self, where: str, values: Sequence[str]) -> I64:
-        """Keys of all rows for which a condition holds, in any order.
+        """Keys of all rows for which a condition holds, ascending."""
+        return self._selections.keys(where, values)
+
+    def _holding(self, where: str, values: Sequence[str], among: I64 | None) -> I64:
+        """Keys, of all rows or of some, for which a condition holds.
 
         On a connection of its own: it may have to read every row, and must not hold up those who want one.
         """
+        some = "TRUE" if among is None else "key IN (SELECT value FROM json_each(?))"
+        given = [] if among is None else [json.dumps(among.tolist())]
         with self.long_read(threading.Event()) as connection:
-            found = connection.execute(f"SELECT key FROM images WHERE {where}", values)
+            found = connection.execute(f"SELECT key FROM images WHERE {some} AND ({where})", (*given, *values))
             return np.fromiter((key for (key,) in found), np.int64)
 
     def thumbnail(self, key: int) -> bytes | None:
@@ -196,6 +210,7 @@ class Record:
         columns = COLUMNS.removeprefix("key, ")
         key = self._writer.execute(f"INSERT INTO images ({columns}) VALUES (?, ?, ?, ?, ?, ?)", values).lastrowid
         assert key is not None
+        self._written.append(key)
         return key
 
     @contextmanager
