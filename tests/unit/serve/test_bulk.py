@@ -232,7 +232,10 @@ def many(tmp_path: Path, encode: Callable[..., bytes]) -> Path:
 def started(source: Path, out: Path, bundle: Path) -> subprocess.Popen[bytes]:
     line = [str(source), "--out", str(out), "--model-repository", str(bundle.parent)]
     return subprocess.Popen(
-        [sys.executable, "-m", "patchsight_serve.embed", *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "patchsight_serve.embed", *line],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs do not hear it
     )
 
 
