@@ -119,7 +119,7 @@ def listening(
     encoder = encoder or FakeEncoder()
     app = create_app({encoder.manifest.name: encoder}, ServeSettings(sample_gallery=False, **settings))
     scripted = Scripted(app, answers, retry_after)
-    server = uvicorn.Server(uvicorn.Config(scripted, port=0, log_level="critical"))
+    server = uvicorn.Server(uvicorn.Config(scripted, port=0, log_level="critical", log_config=None))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -84,7 +84,7 @@ def listening(
     encoder = encoder or FakeEncoder()
     app = create_app({encoder.manifest.name: encoder}, ServeSettings(sample_gallery=False, state_dir=state, **settings))
     scripted = Scripted(app, answers)
-    server = uvicorn.Server(uvicorn.Config(scripted, port=0, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(scripted, port=0, log_level="error", log_config=None))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -34,7 +34,7 @@ CLASSES = ["zebra", "cat", "dog"]  # not in the order of the alphabet
 def listening(state: Path, bundle: Path) -> Iterator[str]:
     encoder = OrtEncoder(bundle, 1)
     app = create_app({encoder.manifest.name: encoder}, ServeSettings(sample_gallery=False, state_dir=state))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", log_config=None))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -235,7 +235,7 @@ def listening(*encoders, **settings) -> Iterator[str]:
     """URL of a real server on a real socket."""
     loaded = {encoder.manifest.name: encoder for encoder in encoders}
     app = create_app(loaded, ServeSettings(sample_gallery=False, **settings))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", log_config=None))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
