@@ -2,20 +2,23 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import httpx
 
-from patchsight_serve.client_gallery import GalleryConversation
+from patchsight_serve.client_gallery import GalleryConversation, New
 from patchsight_serve.client_images import Picture
 from patchsight_serve.client_protocol import Options, Row
 from patchsight_serve.client_steps import Call, Step, Steps, Work
 from patchsight_serve.encoder import Values
+from patchsight_serve.errors import PatchsightError
 from patchsight_serve.group import Cluster, Group
-from patchsight_serve.item import Identity, Neighbor, RegionNeighbor
+from patchsight_serve.item import Added, Identity, Neighbor, RegionNeighbor
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -46,17 +49,45 @@ class AsyncClient:
 
     async def embed_each(self, pictures: Iterable[Picture]) -> AsyncIterator[Row]:
         """As `Client.embed_each`. `pictures` is asked for the next one in the event loop, and must not block it."""
-        ahead: deque[asyncio.Task[list[Row]]] = deque()
+        async with aclosing(self._each(self._talk.batches(pictures), self._talk.embed)) as rows:
+            async for row in rows:
+                yield row
+
+    async def add_each(self, images: Iterable[New], **query: object) -> AsyncIterator[Added | PatchsightError]:
+        """As `Client.add_each`; `images` must not block the event loop."""
+        steps = self._each(self._talk.new_batches(images), lambda batch: self._talk.add(batch, query))
+        async with aclosing(steps) as results:
+            async for result in results:
+                yield result
+
+    async def gallery(self, **query: object) -> dict[str, Any]:
+        """As `Client.gallery`."""
+        return await self._run(self._talk.gallery(query))
+
+    async def gallery_images(self, **query: object) -> AsyncIterator[dict[str, Any]]:
+        """As `Client.gallery_images`."""
+        cursor: str | None = ""
+        while cursor is not None:
+            page = await self._run(self._talk.page({**query, "limit": 1000, "cursor": cursor}))
+            for image in page["images"]:
+                yield image
+            cursor = page["next_cursor"]
+
+    async def _each(
+        self, batches: Iterable[list[S]], steps: Callable[[list[S]], Steps[list[T]]]
+    ) -> AsyncGenerator[T, None]:
+        """What comes of each thing in the batches, in order; several batches at a time."""
+        ahead: deque[asyncio.Task[list[T]]] = deque()
         try:
-            for batch in self._talk.batches(pictures):
+            for batch in batches:
                 if len(ahead) == self._talk.concurrency:
-                    for row in await ahead[0]:
-                        yield row
+                    for result in await ahead[0]:
+                        yield result
                     ahead.popleft()
-                ahead.append(asyncio.create_task(self._run(self._talk.embed(batch))))
+                ahead.append(asyncio.create_task(self._run(steps(batch))))
             while ahead:
-                for row in await ahead[0]:
-                    yield row
+                for result in await ahead[0]:
+                    yield result
                 ahead.popleft()
         finally:
             for task in ahead:
@@ -70,6 +101,15 @@ class AsyncClient:
     async def neighbors(self, picture: Picture, **query: object) -> list[Neighbor]:
         """As `Client.neighbors`."""
         return await self._run(self._talk.neighbors(picture, False, query))
+
+    async def neighbors_each(
+        self, pictures: Iterable[Picture], **query: object
+    ) -> AsyncIterator[list[Neighbor] | PatchsightError]:
+        """As `Client.neighbors_each`; `pictures` must not block the event loop."""
+        ones = ([picture] for picture in pictures)
+        async with aclosing(self._each(ones, lambda one: self._talk.neighbors_each(one, query))) as results:
+            async for result in results:
+                yield result
 
     async def neighbors_of(self, id: str, **query: object) -> list[Neighbor]:
         """As `Client.neighbors_of`."""

@@ -2,6 +2,7 @@
 asked raw for one image after the other."""
 
 import asyncio
+import inspect
 import io
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from patchsight_serve.errors import (
     Overloaded,
     PatchsightError,
     Unauthorized,
+    UnsupportedImage,
 )  # fmt: skip
 from patchsight_serve.fake_encoder import FakeEncoder
 from patchsight_serve.item import Item, NewImage
@@ -63,13 +65,15 @@ class InLoop:
         value = getattr(self.client, name)
         if not callable(value):
             return value
-        return lambda *args, **query: self.runner.run(value(*args, **query))
 
-    def embed_each(self, pictures: Any) -> list[Any]:
-        async def all_of_it() -> list[Any]:
-            return [row async for row in self.client.embed_each(pictures)]
+        async def all_of(results: Any) -> list[Any]:
+            return [result async for result in results]
 
-        return self.runner.run(all_of_it())
+        def asked(*args: Any, **query: Any) -> Any:
+            called = value(*args, **query)
+            return self.runner.run(called if inspect.iscoroutine(called) else all_of(called))
+
+        return asked
 
     def __enter__(self) -> "InLoop":
         return self
@@ -80,6 +84,10 @@ class InLoop:
 
 
 both = pytest.mark.parametrize("kind", [Client, InLoop])
+
+
+def test_both_clients_can_do_the_same() -> None:
+    assert {n for n in vars(Client) if n[0] != "_"} == {n for n in vars(AsyncClient) if n[0] != "_"}
 
 
 class Scripted:
@@ -380,6 +388,26 @@ def test_encoders_and_neighbors(kind: Any, png: bytes, tmp_path: Path) -> None:
             client.neighbors(images[5], label=[])
         with pytest.raises(NotFound, match="nowhere"):
             client.neighbors(png, gallery="nowhere")
+
+
+@both
+def test_a_gallery_is_filled_listed_and_asked_for_many(kind: Any, tmp_path: Path) -> None:
+    images = photos(30)
+    new = [(image, {"id": f"i{i:02d}", "metadata": {"n": i}}) for i, image in enumerate(images)]
+    new.insert(7, (b"no picture", {"id": "bad"}))
+    with listening(state_dir=tmp_path) as (url, _), kind(url, batch=4, concurrency=3) as client:
+        results = list(client.add_each(new, gallery="mine"))
+        assert isinstance(results.pop(7), UnsupportedImage)
+        assert [(r.id, r.created) for r in results] == [(f"i{i:02d}", True) for i in range(30)]
+        assert not any(r.created for r in client.add_each(new[:7], gallery="mine"))
+        assert client.gallery(gallery="mine")["count"] == 30
+        listed = list(client.gallery_images(gallery="mine"))
+        assert [(one["id"], one["metadata"]) for one in listed] == [
+            (item["id"], item["metadata"]) for _, item in new if "metadata" in item
+        ]
+        found = list(client.neighbors_each([*images[:5], b"no picture"], gallery="mine", k=1))
+        assert isinstance(found.pop(), UnsupportedImage)
+        assert [[n.id for n in one] for one in found] == [[f"i{i:02d}"] for i in range(5)]
 
 
 @both
