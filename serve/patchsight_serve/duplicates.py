@@ -25,6 +25,7 @@ from patchsight_serve.replies import json_reply
 from patchsight_serve.survey import Surveys
 
 LEAST_SCORE = 0.5
+MOST = 500_000  # images: every pair of them takes an hour or so of one core
 _CURSOR = re.compile(r"([0-9]{1,18})\.([A-Za-z0-9._-]{1,128})")
 
 
@@ -84,8 +85,8 @@ async def duplicates(
     request: Request, wanted: Annotated[Wanted, Depends()], gallery_name: GalleryQuery = DEFAULT
 ) -> Response:
     """Images are in one group if pairs lead from one to the other whose cosine similarity is `min_score` or more; alone
-    they are in none. Every image is compared with every other, which takes time by the square of their number, once:
-    further pages, and the same question again, are answered at once until an image is added or removed.
+    they are in none. Every image is compared with every other, up to 500,000, which takes time by the square of their
+    number, once: further pages, and the same question again, are answered at once until an image is added or removed.
 
     The largest group first, equally large ones in the order of their ids. It is the gallery as it was when the work
     began; what is removed meanwhile is left out.
@@ -96,6 +97,10 @@ async def duplicates(
     after = _place(wanted.cursor)
     surveys: Surveys = request.app.state.surveys
     gallery = await asyncio.to_thread(request.app.state.galleries.get, gallery_name)
+    count = await asyncio.to_thread(len, gallery)
+    if count > MOST:
+        message = f"the gallery has {count:,} images; every pair is compared, which is done for {MOST:,} at most"
+        raise InvalidRequest(message, "gallery")
     async with while_connected(request):
         work = partial(link, gallery, wanted.min_score)
         linkage = await surveys.ask(gallery, ("duplicates", wanted.min_score), work)

@@ -199,6 +199,16 @@ def test_what_is_out_of_range_is_400(client: TestClient, query: dict[str, Any], 
     assert message in reply.json()["error"]["message"]
 
 
+def test_more_than_can_be_compared_are_refused(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(client, clustered(count=30))
+    monkeypatch.setattr("patchsight_serve.duplicates.MOST", 30)
+    ask(client)
+    monkeypatch.setattr("patchsight_serve.duplicates.MOST", 29)
+    reply = client.get("/gallery/duplicates")
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "gallery")
+    assert "has 30 images; every pair is compared, which is done for 29 at most" in reply.json()["error"]["message"]
+
+
 def test_damaged_rows_are_left_out(serving: Callable[..., TestClient], tmp_path: Path) -> None:
     a, b = normalize(np.random.default_rng(0).standard_normal((2, 24)).astype(np.float32))
     vectors = {"a1": a, "a2": a, "a3": a, "b1": b, "b2": b}
