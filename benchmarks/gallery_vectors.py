@@ -52,7 +52,7 @@ def real_embeddings(file: Path) -> np.ndarray:
     where the file is not there."""
     if not file.exists():
         command = [str(Path(sys.executable).with_name("patchsight-embed")), "--out", str(file)]
-        subprocess.run([*command, "--data", str(DATA / "tiny_imagenet" / "test.parquet")], check=True)
+        subprocess.run([*command, str(DATA / "tiny_imagenet" / "test.parquet")], check=True)
     column = pq.read_table(file, columns=["embedding"])["embedding"].combine_chunks()
     rows = np.array(column.flatten(), dtype=np.float32).reshape(len(column), -1)
     assert rows.shape[1] == DIM, f"{file}: embeddings of {rows.shape[1]} numbers, not of {DIM}"

@@ -157,7 +157,7 @@ def test_the_command_and_the_server_give_one_gallery(
         (tmp_path / "photos" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         (tmp_path / "photos" / "ab"[i % 2] / f"{i}.png").write_bytes(photo)
     embed.main([
-        "--data", str(tmp_path / "photos"), "--out", str(tmp_path / "e.parquet"), "--encoder", "tiny",
+        str(tmp_path / "photos"), "--out", str(tmp_path / "e.parquet"), "--encoder", "tiny",
         "--model-repository", str(tiny_bundle.parent),
     ])  # fmt: skip
     client = serving(OrtEncoder(tiny_bundle, threads=1))
