@@ -31,7 +31,7 @@ class Options(TypedDict, total=False):
     concurrency: int  # requests at once: 4
     timeout_s: float  # without any byte of an answer: 120
     patience_s: float  # that a request is repeated for while the server is busy: 300
-    outage_s: float  # that one is repeated for while the server is not there: 0, which is once
+    outage_s: float  # that one is repeated for while a server is away that was there: 0, which is once
 
 
 class Conversation:
@@ -66,7 +66,9 @@ class Conversation:
 
     def opened(self) -> Steps[None]:
         """Learn which encoder it is. Raises NotFound (encoder), InvalidRequest (output), and what `_ask` raises."""
+        outage_s, self._outage_s = self._outage_s, 0.0  # an address where nobody is, is said at once
         found = self._pick((yield from self.encoders()))
+        self._outage_s = outage_s
         self.encoder = Identity(found["name"], found["sha256"])
         wanted = self._wanted_output
         self.output = found["manifest"]["recommended"] if wanted == "recommended" else wanted

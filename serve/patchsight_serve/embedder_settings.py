@@ -51,7 +51,7 @@ def open_embedder(settings: EmbedderSettings, threads: int | None = None) -> Ite
 
 
 def open_client(settings: EmbedderSettings, server: str) -> "Client":
-    """The server, which is waited for while it is busy or starts again. Raises as `open_embedder`."""
+    """The server. Once it was there it is waited for while it is busy or starts again. Raises as `open_embedder`."""
     from patchsight_serve.client import Client
 
     key = settings.api_key.get_secret_value() if settings.api_key else None

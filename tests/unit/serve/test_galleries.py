@@ -471,16 +471,17 @@ def test_a_filter_that_is_wrong_is_400_before_anything_is_embedded(serving, phot
 @embedded_alone
 def test_an_index_over_the_limit_says_what_it_is(serving, photos: list[bytes], until) -> None:
     client = serving(exact_limit=5)
-    add(client, photos, [{"id": f"i{i:02d}"} for i in range(12)])
+    many = [photos[i % len(photos)] for i in range(40)]
+    add(client, many, [{"id": f"i{i:02d}"} for i in range(40)])
     until(lambda: client.get("/gallery").json()["index"]["kind"] == "ivf")
     assert client.get("/gallery").json()["index"] == {
         "kind": "ivf",
-        "recall": 1.0,  # twelve images are one list
+        "recall": 1.0,  # forty images are one list
         "lists": 1,
         "probes": 1,
         "building": False,
     }
-    vectors = {f"i{i:02d}": vector(p) for i, p in enumerate(photos)}
+    vectors = {f"i{i:02d}": vector(p) for i, p in enumerate(many)}
     assert same(found(client.post("/neighbors", content=photos[0], headers=RAW)), ranking(vectors["i00"], vectors)[:10])
 
 
