@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import orjson
 
 from patchsight_serve.embedded_gallery import EmbeddedGallery
 from patchsight_serve.errors import DamagedFile, InvalidRequest, PatchsightError, StorageFull
@@ -126,7 +125,7 @@ def _check_values(connection: sqlite3.Connection) -> None:
     if bound is None and filled is None:
         return
     try:
-        encoder = Identity(**orjson.loads(bound[0]))
+        encoder = Identity.read(bound[0])
         known = isinstance(encoder.name, str) and bool(_SHA256.fullmatch(encoder.sha256)) and encoder.sha256 != ""
     except (TypeError, ValueError):
         known = False

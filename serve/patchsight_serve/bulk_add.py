@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import orjson
 
-from patchsight_serve.errors import Conflict, InvalidRequest
+from patchsight_serve.errors import Conflict
+from patchsight_serve.gallery import check_size
 from patchsight_serve.item import Identity, NewVector, encode_metadata
 from patchsight_serve.nearest import F32
 from patchsight_serve.record import Record
@@ -28,14 +28,12 @@ def add_vectors(
     with gallery.writing(long=True) as record:
         gallery.require(encoder)
         with record.transaction():
-            record.set_fact("encoder", orjson.dumps(encoder._asdict()).decode())
+            record.set_fact("encoder", encoder.text)
             for batch in batches:
                 known = record.find([new.item.id for new in batch])
                 fresh.append({})
                 for new in batch:
-                    if gallery.dim not in (None, new.vector.size):
-                        message = f"a vector has {new.vector.size} values, those of the gallery have {gallery.dim}"
-                        raise InvalidRequest(message, param="embedding")
+                    check_size(new.vector, gallery.dim, "embedding")
                     row = known.get(new.item.id)
                     said, key = _add(record, new, row, replace)
                     outcome[said] += 1

@@ -16,9 +16,9 @@ import numpy as np
 import orjson
 
 from patchsight_serve.bulk_add import add_vectors
-from patchsight_serve.errors import Conflict, InvalidRequest, PatchsightError
+from patchsight_serve.errors import Conflict, PatchsightError
 from patchsight_serve.filters import Filter
-from patchsight_serve.gallery import Gallery, checked_query, chosen_by, other_bytes, unknown
+from patchsight_serve.gallery import Gallery, check_size, checked_query, chosen_by, other_bytes, unknown
 from patchsight_serve.index import EXACT_LIMIT, Index, IndexState
 from patchsight_serve.index_file import IndexFile
 from patchsight_serve.item import (
@@ -61,7 +61,7 @@ class EmbeddedGallery(RecordedGallery):
         self._index = self.new_index()
         bound = self._record.fact("encoder")
         try:
-            self._encoder = Identity(**orjson.loads(bound)) if bound else None
+            self._encoder = Identity.read(bound) if bound else None
         except (TypeError, ValueError):
             raise PatchsightError(f"{self._record.path}: the name of the encoder is damaged: {bound!a}") from None
         self._fill()
@@ -98,7 +98,7 @@ class EmbeddedGallery(RecordedGallery):
     ) -> list[bool | PatchsightError]:
         facts = dict(facts or {})
         if images:
-            facts["encoder"] = orjson.dumps(encoder._asdict()).decode()
+            facts["encoder"] = encoder.text
         outcome: list[bool | PatchsightError] = []
         fresh: dict[int, F32] = {}
         gone: set[int] = set()
@@ -130,9 +130,7 @@ class EmbeddedGallery(RecordedGallery):
 
     def _insert(self, image: NewImage, sha256: str) -> int:
         """Inside a transaction. Returns the key."""
-        if self._index.dim not in (None, image.vector.size):
-            message = f"a vector has {image.vector.size} values, those of the gallery have {self._index.dim}"
-            raise InvalidRequest(message, param="vectors")
+        check_size(image.vector, self.dim, "vectors")
         item, original = image.item, image.data if self._keep_originals else None
         metadata, vector = encode_metadata(item.metadata), image.vector.astype("<f4").tobytes()
         return self._record.insert(item.id, item.label, metadata, sha256, vector, image.thumbnail, original)

@@ -181,6 +181,12 @@ def checked_query(query: F32, k: int) -> F32:
     return normalize(query)
 
 
+def check_size(vector: F32, dim: int | None, param: str) -> None:
+    """Raises InvalidRequest unless a gallery, whose vectors have `dim` values (None: it has none), takes the vector."""
+    if dim not in (None, vector.size):
+        raise InvalidRequest(f"a vector has {vector.size} values, those of the gallery have {dim}", param=param)
+
+
 def chosen_by(label: str | Collection[str] | None, filter: Filter | None) -> Filter | None:
     """One filter for both; None chooses from all."""
     if label is None:

@@ -152,9 +152,8 @@ class Index:
         count = 0
         for start in range(0, len(keys), rows):
             with self._lock.shared():  # where they were all taken out, and others put in, `held` is empty
-                there = held.present(keys[start : start + rows])
-                keys[count : count + len(there)] = there
-                vectors[count : count + len(there)] = held.reconstruct_batch(there)
+                there, found = held.read(keys[start : start + rows])
+            keys[count : count + len(there)], vectors[count : count + len(there)] = there, found
             count += len(there)
         return keys[:count], vectors[:count]
 

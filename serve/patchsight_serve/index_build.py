@@ -34,11 +34,10 @@ def build(vectors: Vectors, keys: I64, reading: Reading, go_on: Callable[[], Non
     reading: nothing changes during its block. go_on: is called once in a second or so; both raise to end the work.
     """
 
-    def read(keys: I64) -> tuple[I64, F32]:
+    def read(keys: I64) -> Some:
         """Those that are still there."""
         with reading():
-            there = vectors.present(keys)
-            return there, vectors.reconstruct_batch(there)
+            return vectors.read(keys)
 
     rng = np.random.default_rng(0)
     lists = max(1, min(int(LISTS * len(keys) ** 0.5), len(keys) // LIST))

@@ -124,8 +124,9 @@ def _marked(made: Approximate, vectors: Vectors, reading: Reading) -> tuple[I64,
     keys, marks = [coded[:0]], [coded[:0]]
     for start in range(0, len(coded), _CHUNK):
         with reading():
-            keys.append(vectors.present(coded[start : start + _CHUNK]))
-            marks.append(marks_of(vectors.reconstruct_batch(keys[-1])))
+            there, found = vectors.read(coded[start : start + _CHUNK])
+        keys.append(there)
+        marks.append(marks_of(found))
     return np.concatenate(keys), np.concatenate(marks)
 
 
@@ -135,7 +136,7 @@ def _bytes(numbers: I64) -> bytes:
 
 def _check(vectors: Vectors, keys: I64, marks: I64) -> I64:
     """Keys of vectors that have come since. Raises _Useless."""
-    there = np.isin(keys, vectors.keys())
+    there = vectors.has(keys)
     keys, marks = keys[there], marks[there]
     for start in range(0, len(keys), _CHUNK):
         some = slice(start, start + _CHUNK)

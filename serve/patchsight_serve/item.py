@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, Self, TypedDict
 
 import orjson
 
@@ -40,6 +40,16 @@ class Identity(NamedTuple):
 
     name: str
     sha256: str
+
+    @property
+    def text(self) -> str:
+        """As galleries keep it."""
+        return orjson.dumps(self._asdict()).decode()
+
+    @classmethod
+    def read(cls, text: str) -> Self:
+        """Of such a text. Raises TypeError, ValueError where it is none."""
+        return cls(**orjson.loads(text))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from patchsight_serve.bulk_add import same_image
-from patchsight_serve.errors import Conflict, InvalidRequest
+from patchsight_serve.errors import Conflict
+from patchsight_serve.gallery import check_size
 from patchsight_serve.item import Identity, NewVector, encode_metadata
 from patchsight_serve.milvus_binding import Binding
 from patchsight_serve.milvus_collection import ALL, new_key, to_row
@@ -24,10 +25,8 @@ def add_vectors(
     dim = bound.dim if bound else None
     for some in _parts(batches()):
         for new in some:
-            dim = dim or new.vector.size
-            if new.vector.size != dim:
-                message = f"a vector has {new.vector.size} values, those of the gallery have {dim}"
-                raise InvalidRequest(message, param="embedding")
+            check_size(new.vector, dim, "embedding")
+            dim = new.vector.size
         _changes(binding, some, replace)
     outcome = {"created": 0, "replaced": 0, "unchanged": 0}
     if dim is None:

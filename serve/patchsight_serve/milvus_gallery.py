@@ -13,7 +13,7 @@ import orjson
 from patchsight_serve.bound_gallery import BoundGallery
 from patchsight_serve.errors import InvalidRequest, PatchsightError
 from patchsight_serve.filters import Filter
-from patchsight_serve.gallery import checked_query, chosen_by, other_bytes
+from patchsight_serve.gallery import check_size, checked_query, chosen_by, other_bytes
 from patchsight_serve.index import IndexState
 from patchsight_serve.item import (
     Changes,
@@ -63,7 +63,7 @@ class MilvusGallery(BoundGallery):
     ) -> list[bool | PatchsightError]:
         facts = dict(facts or {})
         if images:
-            facts["encoder"] = orjson.dumps(encoder._asdict()).decode()
+            facts["encoder"] = encoder.text
         outcome: list[bool | PatchsightError] = []
         with self._writing:
             self._check_encoder(images, encoder)
@@ -91,7 +91,7 @@ class MilvusGallery(BoundGallery):
             try:
                 self.require(encoder)
                 outcome = add_vectors(self._binding, batches, encoder, replace)
-                self._binding.set_facts({"encoder": orjson.dumps(encoder._asdict()).decode()})
+                self._binding.set_facts({"encoder": encoder.text})
                 return outcome
             finally:
                 self.busy = False
@@ -101,10 +101,8 @@ class MilvusGallery(BoundGallery):
         self.require(encoder)
         dim = self.dim
         for image in images:
-            dim = dim or image.vector.size
-            if image.vector.size != dim:
-                message = f"a vector has {image.vector.size} values, those of the gallery have {dim}"
-                raise InvalidRequest(message, param="vectors")
+            check_size(image.vector, dim, "vectors")
+            dim = image.vector.size
         if dim is not None:
             self._binding.bind(encoder, dim)
             self.require(encoder)  # another gateway may have been quicker

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import orjson
 
 from patchsight_serve.embedded_gallery import EmbeddedGallery
 from patchsight_serve.errors import InvalidRequest, PatchsightError, Superseded
@@ -33,10 +32,9 @@ class NextVectors:
         """Begin, or go on where another has stopped. Raises what `Gallery` raises."""
         self._gallery, self._encoder = gallery, encoder
         with gallery.writing() as record, record.transaction():
-            name = orjson.dumps(encoder._asdict()).decode()
-            if record.fact(FACT) != name:
+            if record.fact(FACT) != encoder.text:
                 record.execute("DELETE FROM next_vectors")
-                record.set_fact(FACT, name)
+                record.set_fact(FACT, encoder.text)
 
     def done(self) -> int:
         """How many are there."""
@@ -92,7 +90,7 @@ class NextVectors:
                         index.extend(np.array([row.key for row in rows], dtype=np.int64), vectors)
                     heir.execute("DELETE FROM next_vectors")
                     heir.execute("DELETE FROM facts WHERE name = ?", (FACT,))
-                    heir.set_fact("encoder", orjson.dumps(self._encoder._asdict()).decode())
+                    heir.set_fact("encoder", self._encoder.text)
                     record.retire(error)  # before anybody can read what is committed now
             except BaseException:
                 record.retire(None)

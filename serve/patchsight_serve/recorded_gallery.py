@@ -77,7 +77,7 @@ class RecordedGallery(Gallery):
         with self.long_read(left) as connection:
             connection.execute("BEGIN")  # one moment for all that is read
             bound = connection.execute("SELECT value FROM facts WHERE name = 'encoder'").fetchone()
-            encoder = Identity(**orjson.loads(bound[0])) if bound else None
+            encoder = Identity.read(bound[0]) if bound else None
             yield encoder, ([row for row in rows if row.intact] for rows in rows_in(connection, chunk))
 
     def labels(self) -> Iterator[list[tuple[int, str]]]:

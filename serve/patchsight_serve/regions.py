@@ -111,7 +111,7 @@ async def of_uploaded(
 async def _subject(request: Request, gallery_name: str, encoder: str | None) -> tuple[Gallery, Loaded]:
     """Raises NotFound, Conflict, and InvalidRequest for an encoder without patch tokens."""
     gallery = await asyncio.to_thread(request.app.state.galleries.get, gallery_name)
-    loaded = encoder_of(request.app.state.service, gallery, encoder)
+    loaded = await asyncio.to_thread(encoder_of, request.app.state.service, gallery, encoder)
     graph_name("patch_tokens", loaded.manifest, "encoder")
     return gallery, loaded
 
@@ -143,7 +143,7 @@ async def _reply(
     )
     async with while_connected(request), searches.admitted():
         region = await searches.region(data, box, loaded, timing)
-        gallery.require(loaded.identity)  # it may have been filled by another encoder meanwhile
+        await asyncio.to_thread(gallery.require, loaded.identity)  # another encoder may have filled it meanwhile
         found = await searches.search(gallery, region, loaded, wanted.k, nearest, timing)
     content: dict[str, Any] = {"encoder": described(loaded.identity), **found._asdict()}
     return json_reply(content | {"neighbors": [asdict(neighbor) for neighbor in found.neighbors]})

@@ -73,6 +73,11 @@ class Vectors:
         there: I64 = keys[self.has(keys)]
         return there
 
+    def read(self, keys: I64) -> tuple[I64, F32]:
+        """Those of the keys that are there, in their order, and their vectors `(N, D)`."""
+        there = self.present(keys)
+        return there, self.reconstruct_batch(there)
+
     def reconstruct_batch(self, keys: I64) -> F32:
         """Their vectors `(N, D)`. Raises KeyError where one is not there."""
         rows = self._rows_of(keys)

@@ -6,7 +6,6 @@ import inspect
 import io
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import uvicorn
+from on_socket import on_socket
 from PIL import Image
 
 from patchsight_serve import client_steps
@@ -127,17 +126,8 @@ def listening(
     encoder = encoder or FakeEncoder()
     app = create_app({encoder.manifest.name: encoder}, ServeSettings(sample_gallery=False, **settings))
     scripted = Scripted(app, answers, retry_after)
-    server = uvicorn.Server(uvicorn.Config(scripted, port=0, log_level="critical", log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", scripted
-    finally:
-        server.should_exit = True
-        thread.join()
+    with on_socket(scripted, "critical") as url:
+        yield url, scripted
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
+from on_socket import on_socket
 
 from patchsight_serve import client_steps, embed
 from patchsight_serve.app import create_app
@@ -84,16 +83,8 @@ def listening(
     encoder = encoder or FakeEncoder()
     app = create_app({encoder.manifest.name: encoder}, ServeSettings(sample_gallery=False, state_dir=state, **settings))
     scripted = Scripted(app, answers)
-    server = uvicorn.Server(uvicorn.Config(scripted, port=0, log_level="error", log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", scripted
-    finally:
-        server.should_exit = True
-        thread.join()
+    with on_socket(scripted) as url:
+        yield url, scripted
 
 
 def expected(photos: Path) -> dict[str, tuple[str, str]]:

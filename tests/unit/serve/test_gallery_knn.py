@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import uvicorn
+from on_socket import on_socket
 
 from patchsight_serve import embed, knn
 from patchsight_serve.app import create_app
@@ -34,16 +33,8 @@ CLASSES = ["zebra", "cat", "dog"]  # not in the order of the alphabet
 def listening(state: Path, bundle: Path) -> Iterator[str]:
     encoder = OrtEncoder(bundle, 1)
     app = create_app({encoder.manifest.name: encoder}, ServeSettings(sample_gallery=False, state_dir=state))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
+    with on_socket(app) as url:
+        yield url
 
 
 def parquet(path: Path, images: list[bytes], labels: list[int], names: list[str] | None) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-import uvicorn
+from on_socket import on_socket
 
 from patchsight_serve import knn, protocol
 from patchsight_serve.app import create_app
@@ -235,16 +234,8 @@ def listening(*encoders, **settings) -> Iterator[str]:
     """URL of a real server on a real socket."""
     loaded = {encoder.manifest.name: encoder for encoder in encoders}
     app = create_app(loaded, ServeSettings(sample_gallery=False, **settings))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
+    with on_socket(app) as url:
+        yield url
 
 
 @pytest.fixture
