@@ -14,7 +14,7 @@ triton: .serve-venv/.built .triton-venv/.built ## a real NVIDIA Triton with the 
 	.serve-venv/bin/python -m patchsight_serve.triton_server .triton-venv .triton-venv/models
 
 test: .venv/.built .triton-venv/.built ## every test, in under 12 minutes on 2 cores
-	.venv/bin/python -m pytest -m "not acceptance"
+	.venv/bin/python -m pytest -m "not acceptance" -n 2 --dist loadfile
 
 check: .venv/.built ## lint, types, import directions
 	.venv/bin/ruff check .
