@@ -3,133 +3,14 @@
 import base64
 import hashlib
 import io
-import os
 import re
-import shutil
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import httpx
 import numpy as np
-import pytest
-from PIL import Image, ImageOps
-from playwright.sync_api import Browser, BrowserContext, Page, ViewportSize, expect, sync_playwright
-
-from patchsight_serve.dataset import read_dataset
-from patchsight_serve.sample_gallery import SAMPLES
-
-MODELS = Path(__file__).resolve().parents[2] / "model_repository"
-# Read now: tests run in a folder of their own, without the person's variables.
-SCREENSHOTS = Path(os.environ["PATCHSIGHT_SCREENSHOTS"]).resolve() if "PATCHSIGHT_SCREENSHOTS" in os.environ else None
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-DESKTOP, PHONE = ViewportSize(width=1280, height=900), ViewportSize(width=320, height=640)
-PATIENCE_MS = 30_000
-expect.set_options(timeout=PATIENCE_MS)
-SAMPLES_COUNT = 200
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Chromium. One per module, not per session: while it is open, no other test could run an event loop."""
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no `chromium` on the PATH")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def url(shared_serve: Callable[..., str]) -> str:
-    """A server whose sample gallery is complete. Tests that use it leave the gallery as it is."""
-    url = start(shared_serve)
-    wait_for_samples(url)
-    return url
-
-
-def start(serve: Callable[..., str], *flags: object) -> str:
-    if not any(MODELS.glob("*/encoder.json")):
-        pytest.skip(f"no encoder in {MODELS}")
-    return serve("--model-repository", MODELS, "--threads", 1, "--drain-delay-s", 0, *flags)
-
-
-def wait_for_samples(url: str, key: str = "none") -> None:
-    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}) as client:
-        for _ in range(600):
-            if client.get("/gallery").json()["count"] == SAMPLES_COUNT:
-                return
-            time.sleep(0.1)
-    raise AssertionError("the sample photos were not indexed")
-
-
-class Visit:
-    """A person at the page; remembers what they would not see: requests, and what the console says."""
-
-    def __init__(self, browser: Browser, url: str, viewport: ViewportSize = DESKTOP, scheme: str = "light") -> None:
-        self.url = url
-        self.context: BrowserContext = browser.new_context(viewport=viewport, color_scheme=scheme)  # type: ignore[arg-type]
-        self.context.set_default_timeout(PATIENCE_MS)
-        self.page: Page = self.context.new_page()
-        self.requests: list[str] = []
-        self.problems: list[str] = []
-        self.context.on("request", lambda request: self.requests.append(request.url))
-        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
-        self.page.on("console", lambda m: self.problems.append(m.text) if m.type in ("error", "warning") else None)
-
-    def open(self, path: str = "/") -> Page:
-        """Go there and wait until a picture is shown."""
-        self.page.goto(self.url + path)
-        expect(self.page.locator("#neighbors img[src]").first).to_be_visible()
-        return self.page
-
-    def upload(self, name: str, data: bytes) -> None:
-        self.page.locator("#file").set_input_files({"name": name, "mimeType": "image/jpeg", "buffer": data})
-
-    def shown(self, name: str) -> None:
-        """Wait until this picture is the one on view."""
-        expect(self.page.locator("#picture-name")).to_have_text(name)
-
-    def pixels(self, selector: str = "#picture") -> np.ndarray:
-        """uint8 `(h, w, 4)` of a canvas."""
-        png = self.page.locator(selector).evaluate("canvas => canvas.toDataURL()")
-        return np.asarray(Image.open(io.BytesIO(base64.b64decode(png.partition(",")[2]))).convert("RGBA"))
-
-    def screenshot(self, name: str, full_page: bool = True) -> None:
-        if SCREENSHOTS:
-            self.page.mouse.move(0, 0)
-            self.page.wait_for_timeout(500)  # transitions
-            self.page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=full_page)
-
-    def end(self, allowed: str | None = None) -> None:
-        """Leave. Nothing was asked of anybody else, and the console has no complaint but `allowed`."""
-        strangers = [u for u in self.requests if not u.startswith((self.url, "blob:", "data:"))]
-        assert strangers == []
-        assert [p for p in self.problems if not (allowed and re.search(allowed, p))] == []
-        self.context.close()
-
-
-@pytest.fixture
-def visit(browser: Browser, url: str) -> Visit:
-    """A person who comes to the page with a desktop computer."""
-    return Visit(browser, url)
-
-
-@pytest.fixture(scope="module")
-def photo() -> bytes:
-    """A photo that is not in the gallery, though one like it is: JPEG, portrait."""
-    sample = Image.open(io.BytesIO(read_dataset(SAMPLES).read(7)))
-    return jpeg(ImageOps.mirror(sample.convert("RGB")))
-
-
-def jpeg(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=90)
-    return file.getvalue()
+from PIL import Image
+from playwright.sync_api import Browser, expect
+from visit import DESKTOP, PHONE, Visit, jpeg, start, wait_for_samples
 
 
 def names(visit: Visit) -> list[str]:

@@ -5,15 +5,13 @@ import json
 import math
 import os
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, Route, ViewportSize, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, ViewportSize, expect
 
 from patchsight_serve.dataset import read_dataset
 from patchsight_serve.sample_gallery import SAMPLES
@@ -21,7 +19,6 @@ from patchsight_train.report import write_report
 
 # Read now: tests run in a folder of their own, without the person's variables.
 SCREENSHOTS = Path(os.environ["PATCHSIGHT_SCREENSHOTS"]).resolve() if "PATCHSIGHT_SCREENSHOTS" in os.environ else None
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 VIEWPORTS = {
     "phone": ViewportSize(width=320, height=640),
     "desktop": ViewportSize(width=1280, height=900),
@@ -34,18 +31,6 @@ CONFIG = {
     "torch": "2.15.0",
 }  # fmt: skip
 WARNING = "teacher_mean_entropy fell to 0.02: one prototype for all. Raise --teacher-momentum to 0.9995"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Chromium. One per module, not per session: while it is open, no other test could run an event loop."""
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no `chromium` on the PATH")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,13 @@ export async function callJson(path, options) {
   return Object.assign(await response.json(), { took: response.took });
 }
 
+/** A path that asks of the gallery that the page is about: the one that the page's own address names. */
+export function ofGallery(path, query = {}) {
+  const gallery = new URLSearchParams(location.search).get("gallery");
+  const asked = new URLSearchParams(gallery ? { ...query, gallery } : query).toString();
+  return asked ? `${path}?${asked}` : path;
+}
+
 /** Whether the server answers. */
 export async function alive() {
   const response = await fetch("livez").catch(() => null);

@@ -1,6 +1,6 @@
 // The gallery as a whole: its size, its labels, and a strip of pictures to start with.
 
-import { callJson, pause } from "./api.js";
+import { callJson, ofGallery, pause } from "./api.js";
 import { $, el, plural } from "./elements.js";
 import { app } from "./state.js";
 import { ownOf } from "./target.js";
@@ -11,8 +11,8 @@ const SAMPLES = 10;
 const WATCH_MS = 1500;
 
 export async function readGallery() {
-  app.gallery = await callJson("gallery");
-  app.images = (await callJson("gallery/images?limit=1000")).images;
+  app.gallery = await callJson(ofGallery("gallery"));
+  app.images = (await callJson(ofGallery("gallery/images", { limit: 1000 }))).images;
   const { count, encoder } = app.gallery;
   const by = encoder ? `, as ${encoder.name} sees them` : "";
   $("gallery-note").textContent = count ? `The gallery holds ${plural(count, "picture")}${by}.` : "The gallery is empty.";
@@ -26,7 +26,7 @@ export async function watchGallery(grown) {
   for (let still = 0; still < (app.gallery.count ? 2 : 8); still++) {
     await pause(WATCH_MS);
     const before = app.gallery.count;
-    const now = await callJson("gallery").catch(() => app.gallery);
+    const now = await callJson(ofGallery("gallery")).catch(() => app.gallery);
     if (now.count === before) continue;
     still = -1;
     await readGallery().catch(() => null);

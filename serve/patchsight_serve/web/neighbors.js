@@ -1,6 +1,6 @@
 // What is near a picture, and what it votes for.
 
-import { ApiError, callJson } from "./api.js";
+import { ApiError, callJson, ofGallery } from "./api.js";
 import { $, el, percent, plural, timeOf } from "./elements.js";
 import { titleOf } from "./messages.js";
 import { app } from "./state.js";
@@ -10,11 +10,11 @@ const NEIGHBORS = 12;
 
 /** Neighbors as the gallery's own encoder sees them; an error here is no reason to withhold the attention. */
 export async function neighborsOf({ id }, bytes) {
-  const query = new URLSearchParams({ k: NEIGHBORS, vote: true });
-  if (!app.gallery.encoder) query.set("encoder", app.encoder.name);
+  const query = { k: NEIGHBORS, vote: true };
+  if (!app.gallery.encoder) query.encoder = app.encoder.name;
   try {
-    if (id) return await callJson(`neighbors?${new URLSearchParams({ id })}&${query}`);
-    return await callJson(`neighbors?${query}`, { method: "POST", body: bytes, type: "application/octet-stream" });
+    if (id) return await callJson(ofGallery("neighbors", { id, ...query }));
+    return await callJson(ofGallery("neighbors", query), { method: "POST", body: bytes, type: "application/octet-stream" });
   } catch (error) {
     if (error instanceof ApiError) return { neighbors: [], error };
     throw error;

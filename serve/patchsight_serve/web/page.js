@@ -3,7 +3,7 @@
 // What is shown stands in the address, so every picture is a link, and the browser's way back works. Whatever comes
 // from the server is set as text.
 
-import { ApiError, callJson, onKeyNeeded } from "./api.js";
+import { ApiError, callJson, ofGallery, onKeyNeeded } from "./api.js";
 import { choose } from "./card.js";
 import { $, plural } from "./elements.js";
 import { readGallery, showStrip, watchGallery } from "./gallery.js";
@@ -13,6 +13,7 @@ import { draw, embed, showPicture } from "./picture.js";
 import { app } from "./state.js";
 import { bitmapOf, bytesOf, nameOf, targetOf } from "./target.js";
 import { markCurrent, walk } from "./trail.js";
+import { openView, showView, viewOf } from "./views.js";
 
 let turn = 0; // a reply that comes after the person went on is dropped
 
@@ -24,17 +25,26 @@ async function start() {
     choose(app.encoders.find((e) => e.default) ?? app.encoders[0]);
     await readGallery();
     await route();
-    watchGallery(() => (app.shown ? refresh() : route()));
+    watchGallery(() => (app.shown && !viewOf(location.hash) ? refresh() : route()));
   } catch (error) {
     complain(error, start);
   }
 }
 
 async function route() {
+  const view = viewOf(location.hash);
+  if (view) return openView(view).catch((error) => complain(error, route));
   const target = targetOf(location.hash);
-  if (target) return target.key === app.shown?.target.key ? null : open(target);
+  if (app.shown && (target ?? app.shown.target).key === app.shown.target.key) return settle(app.shown.target);
+  if (target) return open(target);
   const first = $("strip").querySelector("a");
-  return first && !app.shown ? open(targetOf(first.hash)) : null;
+  return first ? open(targetOf(first.hash)) : null;
+}
+
+/** The picture's view, with this target as its address. */
+function settle(target) {
+  showView("view");
+  if (location.hash !== target.key) history.replaceState(null, "", target.key);
 }
 
 /** Once more, and what the address names: the person may be on their way. */
@@ -44,7 +54,7 @@ async function open(target) {
   const mine = ++turn;
   document.body.classList.add("busy");
   try {
-    const about = target.id ? callJson(`gallery/images/${encodeURIComponent(target.id)}`) : null;
+    const about = target.id ? callJson(ofGallery(`gallery/images/${encodeURIComponent(target.id)}`)) : null;
     const bytes = await bytesOf(target);
     const [seen, found, image, bitmap] = await Promise.all([
       embed(bytes),
@@ -76,11 +86,10 @@ function fail(error, target) {
 function show(shown) {
   walk(shown.target);
   app.shown = shown;
-  if (location.hash !== shown.target.key) history.replaceState(null, "", shown.target.key);
+  settle(shown.target);
   const { target, image, found } = shown;
   const name = nameOf(target);
   $("notice").hidden = true;
-  $("view").hidden = false;
   document.title = `${name} · patchsight`;
   $("picture-name").textContent = name;
   $("picture-label").textContent = image ? (image.label ? `labelled ${image.label}` : "without a label") : "not in the gallery";
@@ -106,11 +115,11 @@ async function add(event) {
   event.preventDefault();
   const { upload } = app.shown.target;
   const label = $("label").value.trim();
-  const query = new URLSearchParams(label ? { label } : {});
-  if (!app.gallery.encoder) query.set("encoder", app.encoder.name);
+  const query = label ? { label } : {};
+  if (!app.gallery.encoder) query.encoder = app.encoder.name;
   try {
     const body = { method: "POST", body: upload.file, type: "application/octet-stream" };
-    const [{ id, created }] = (await callJson(`gallery/images?${query}`, body)).results;
+    const [{ id, created }] = (await callJson(ofGallery("gallery/images", query), body)).results;
     upload.id = id;
     await readGallery();
     $("label").value = "";
@@ -135,7 +144,8 @@ $("opacity").addEventListener("input", draw);
 $("controls").addEventListener("change", draw);
 $("encoder").addEventListener("change", ({ target }) => {
   choose(app.encoders.find(({ name }) => name === target.value));
-  if (app.shown) refresh();
+  if (viewOf(location.hash)) app.shown = null; // seen anew when the person comes back to it
+  else if (app.shown) refresh();
 });
 $("file").addEventListener("change", ({ target }) => {
   take(target.files);

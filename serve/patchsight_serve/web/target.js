@@ -1,6 +1,6 @@
 // What an address names: #/image/ID is a picture of the gallery, #/upload/N one of the person's own.
 
-import { call } from "./api.js";
+import { call, ofGallery } from "./api.js";
 import { app } from "./state.js";
 
 /** A target: `{key, upload}`, `{key, id}`, or null. */
@@ -32,4 +32,4 @@ export async function bitmapOf({ id }, bytes) {
   return partOf(id, "thumbnail").then(createImageBitmap).catch(() => null);
 }
 
-const partOf = async (id, part) => (await call(`gallery/images/${encodeURIComponent(id)}/${part}`)).blob();
+const partOf = async (id, part) => (await call(ofGallery(`gallery/images/${encodeURIComponent(id)}/${part}`))).blob();

@@ -1,6 +1,6 @@
 // The gallery's thumbnails. They are fetched, and shown as object URLs, as an <img> could not send the API key.
 
-import { call } from "./api.js";
+import { call, ofGallery } from "./api.js";
 import { el } from "./elements.js";
 
 const KEPT = 500; // at the same time
@@ -9,7 +9,7 @@ const thumbnails = new Map(); // id to a promise of an object URL
 
 function thumbnailUrl(id) {
   if (!thumbnails.has(id)) {
-    const path = `gallery/images/${encodeURIComponent(id)}/thumbnail`;
+    const path = ofGallery(`gallery/images/${encodeURIComponent(id)}/thumbnail`);
     const url = call(path).then(async (reply) => URL.createObjectURL(await reply.blob()));
     url.catch(() => thumbnails.delete(id));
     thumbnails.set(id, url);
