@@ -10,6 +10,10 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# A test process runs on each core: a thread of OpenMP that has nothing to do must not keep another from working. Set
+# before anything is imported that reads it.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
 import httpx
 import pyarrow.parquet as pq
 import pytest
