@@ -58,8 +58,8 @@ def http_page() -> str:
             query = " ".join(f"`{name}`" for name in asked)
             rows.append(f"| `{method.upper()} {path}` | {cell(call['summary'])} | {query or '–'} |")
     return (
-        f"{GENERATED}# HTTP calls\n\nWhat a body may hold, what comes back and which errors there are stands in `/docs` of "
-        "every server, and for programs in its `/openapi.json`. How to ask: [HTTP](../api.md).\n\n"
+        f"{GENERATED}# HTTP calls\n\nWhat a body may hold, what comes back and which errors there are stands in "
+        "`/docs` of every server, and for programs in its `/openapi.json`. How to ask: [HTTP](../api.md).\n\n"
     ) + "\n".join([*rows, ""])
 
 

@@ -31,3 +31,9 @@ def commands(page: Path) -> list[str]:
     found = [body for language, rest, body in blocks(page.read_text()) if language == "sh" and not rest]
     lines = [line for block in found for line in block.replace("\\\n", " ").splitlines()]
     return [" ".join(line.split(" #")[0].split()) for line in lines if line.split("#")[0].strip()]
+
+
+def scripts(page: Path) -> dict[str, str]:
+    """The `python` blocks that have a file's name for a title: the file, and what is in it."""
+    found = blocks(page.read_text())
+    return {rest[7:-1]: body for language, rest, body in found if language == "python" and rest.startswith('title="')}
