@@ -11,7 +11,8 @@ from pathlib import Path
 import httpx
 from pages import commands, scripts
 
-READY_S = 60
+READY_S = 60  # that `make serve` may take once its environment is there
+PATIENCE_S = 240  # a first start tries engines; beside other work that takes its time
 SERVER = re.compile(r"(\w+=\S+ )*patchsight-serve\b")
 ELSEWHERE = {  # what a page says and this does not do again
     "make serve": "runs for all pages",
@@ -90,14 +91,14 @@ class Reader:
 def wait_until_ready(process: subprocess.Popen[bytes], url: str) -> float:
     """Seconds until /readyz said 200 for the first time."""
     began = time.monotonic()
-    while time.monotonic() - began < READY_S and process.poll() is None:
+    while time.monotonic() - began < PATIENCE_S and process.poll() is None:
         try:
             if httpx.get(f"{url}/readyz", timeout=2).status_code == 200:
                 return time.monotonic() - began
         except httpx.TransportError:
             pass  # it does not listen yet
         time.sleep(0.1)
-    raise AssertionError(f"no 200 from {url}/readyz within {READY_S} s")
+    raise AssertionError(f"no 200 from {url}/readyz within {PATIENCE_S} s")
 
 
 def clean_environment() -> dict[str, str]:
