@@ -4,7 +4,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv || echo .uv/bin/uv)
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: serve triton test check acceptance bench lock clean
+.PHONY: serve triton test check acceptance bench docs lock clean
 
 serve: .serve-venv/.built ## the server with the shipped encoders and a sample gallery, on http://127.0.0.1:8000
 	.serve-venv/bin/patchsight-serve
@@ -28,6 +28,10 @@ acceptance: .venv/.built .triton-venv/.built ## the same suites at full counts, 
 bench: .venv/.built .triton-venv/.built ## each figure of the README, into benchmarks/results/
 	for name in encoders public_encoders precision scaled_decode serving overhead engines triton_gateway outputs attention augmentation multi_crop training gallery; do .venv/bin/python benchmarks/$$name.py || exit 1; done
 
+docs: .venv/.built ## README aside, all that there is to read, as pages in site/; nothing in them asks the network for anything
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --site-dir site
+	@echo "open site/index.html, or, for the search to work: $(PYTHON) -m http.server -d site 8080"
+
 lock: $(UV) ## resolve anew: one lock for every extra
 	$(UV) pip compile --quiet --upgrade --universal --generate-hashes --all-extras --group test -p 3.11 \
 	    pyproject.toml -o requirements.lock
@@ -35,7 +39,7 @@ lock: $(UV) ## resolve anew: one lock for every extra
 	    -o requirements-triton.lock
 
 clean:
-	rm -rf .venv .serve-venv .triton-venv .uv dist
+	rm -rf .venv .serve-venv .triton-venv .uv dist site
 
 # The serving environment: the base install at the locked versions, without torch.
 .serve-venv/.built: pyproject.toml requirements.lock | $(UV)

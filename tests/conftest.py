@@ -17,6 +17,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 import httpx
 import pyarrow.parquet as pq
 import pytest
+from pages import commands
 
 from patchsight_serve.manifest import Manifest, Transform
 
@@ -70,13 +71,7 @@ def first_of_cifar(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
 
 @pytest.fixture(scope="session")
 def readme_commands() -> Callable[[Path], list[str]]:
-    """Every command in the `sh` blocks of a page, in order; comments cut off, continued lines joined."""
-
-    def commands(page: Path) -> list[str]:
-        blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-        lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-        return [line.split(" #")[0].strip() for line in lines if line.split("#")[0].strip()]
-
+    """Every command in the `sh` blocks of a page, in order."""
     return commands
 
 

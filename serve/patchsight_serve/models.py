@@ -25,7 +25,7 @@ class ModelsSettings(CommandSettings):
     model_config = SettingsConfigDict(env_prefix="PATCHSIGHT_", cli_shortcuts={"as-json": "json"})
     table: ClassVar[str] = "models"
 
-    action: CliPositionalArg[Literal["list", "show", "verify", "remove", "triton"]]
+    action: CliPositionalArg[Literal["list", "show", "verify", "remove", "triton"]] = Field(description="what to do")
     names: CliPositionalArg[list[str]] = Field([], description="encoders, by the names of their folders")
     model_repository: Path = Field(
         default_factory=default_repository, description="folder with one encoder bundle per subfolder"

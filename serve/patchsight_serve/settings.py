@@ -22,6 +22,10 @@ ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:\d{1,5})?")
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+def cores() -> int:
+    return os.cpu_count() or 1
+
+
 class ServeSettings(CommandSettings):
     """Serve the encoders of a model repository over HTTP: embeddings, attention and neighbors."""
 
@@ -123,7 +127,9 @@ class ServeSettings(CommandSettings):
         "elsewhere (cosine below 0.999) stay in fp32",
     )
     threads: Positive | None = Field(None, description="threads of one inference (default: one per core)")
-    decode_threads: Positive = Field(os.cpu_count() or 1, description="images decoded at the same time")
+    decode_threads: Positive = Field(
+        default_factory=cores, description="images decoded at the same time (default: one per core)"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line to log")
     log_format: Literal["text", "json"] = Field("text", description="json: one object per line")
     access_log: bool = Field(True, description="a line for each request, at level info; for probes at debug")
@@ -197,7 +203,7 @@ class ServeSettings(CommandSettings):
         """Images per run of an encoder. A core gains nothing by more: from 4 to 32 they cost it more cache misses."""
         if self.max_batch is not None:
             return self.max_batch
-        return 32 if self.device == "cuda" else max(4, self.threads or os.cpu_count() or 1)
+        return 32 if self.device == "cuda" else max(4, self.threads or cores())
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -15,8 +15,8 @@ class AutoencoderSettings(TrainSettings):
     objective = "autoencoder"
     bottleneck: Positive = Field(128, description="numbers in z")
     decoder_width: Positive = Field(128, description="a multiple of 4 and of decoder_heads")
-    decoder_depth: Positive = 4
-    decoder_heads: Positive = 4
+    decoder_depth: Positive = Field(4, description="blocks of the decoder")
+    decoder_heads: Positive = Field(4, description="attention heads of the decoder")
     crop_scale: CropScale = Field((0.2, 1.0), description="least and largest share of the area")
 
     @model_validator(mode="after")
@@ -37,11 +37,11 @@ class MAESettings(ViTOnly):
     objective = "mae"
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(0.75, description="share of the patches that is hidden")
     decoder_width: Positive = Field(128, description="a multiple of 4 and of decoder_heads")
-    decoder_depth: Positive = 4
-    decoder_heads: Positive = 4
+    decoder_depth: Positive = Field(4, description="blocks of the decoder")
+    decoder_heads: Positive = Field(4, description="attention heads of the decoder")
     normalize_pixels: bool = Field(True, description="targets with each patch's own mean and variance removed")
     crop_scale: CropScale = Field((0.2, 1.0), description="least and largest share of the area")
-    stem: Literal["patch"] | None = None
+    stem: Literal["patch"] | None = Field(None, description="patch: a convolutional stem would see hidden patches")
 
     @model_validator(mode="after")
     def decoder_fits(self) -> "MAESettings":
@@ -64,8 +64,8 @@ class SimCLRSettings(TrainSettings):
     projection_layers: Annotated[Literal[2, 3], BeforeValidator(number)] = Field(
         2, description="2 in the paper, 3 in its second version"
     )
-    projection_hidden: Positive = 2048
-    projection_width: Positive = 128
+    projection_hidden: Positive = Field(2048, description="width of the projection head's hidden layer")
+    projection_width: Positive = Field(128, description="numbers in the projection z")
     crop_scale: CropScale = Field((0.08, 1.0), description="least and largest share of the area")
     color_strength: NonNegative = Field(0.5, description="s of the paper: 1.0 for photos, 0.5 at 32 px; 0 for no color")
     gray: Share = Field(0.2, description="probability of a gray view")
@@ -83,15 +83,15 @@ class DINOSettings(MultiCrop):
     prototypes: Positive = Field(
         4096, description="K: width of the head's output; 65,536 in the paper, 1,024 to 4,096 for small data"
     )
-    head_hidden: Positive = 2048
-    bottleneck: Positive = 256
-    student_temperature: Annotated[float, Field(gt=0)] = 0.1
+    head_hidden: Positive = Field(2048, description="width of the head's hidden layers")
+    bottleneck: Positive = Field(256, description="numbers before the prototypes")
+    student_temperature: Annotated[float, Field(gt=0)] = Field(0.1, description="of the student's softmax")
     teacher_temperature: Annotated[float, Field(gt=0)] = Field(0.04, description="above 0.07 training is unstable")
     warmup_teacher_temperature: Annotated[float, Field(gt=0)] = Field(0.04, description="at the start; linear from it")
     warmup_teacher_epochs: NonNegative = Field(0, description="epochs until teacher_temperature; 30 in the paper")
     teacher_momentum: Share = Field(0.996, description="at the start; cosine to 1. 0.9995 for batches of 256")
     center_momentum: Share = Field(0.9, description="1: no centering, the center stays 0")
-    freeze_last_layer_epochs: NonNegative = 1
+    freeze_last_layer_epochs: NonNegative = Field(1, description="first epochs in which prototypes stay as they are")
 
 
 class SwAVSettings(MultiCrop):
@@ -99,12 +99,12 @@ class SwAVSettings(MultiCrop):
 
     objective = "swav"
     prototypes: Positive = Field(512, description="K; 3,000 in the paper, about ten for each expected class")
-    projection_hidden: Positive = 2048
-    projection_width: Positive = 128
-    temperature: Annotated[float, Field(gt=0)] = 0.1
+    projection_hidden: Positive = Field(2048, description="width of the projection head's hidden layer")
+    projection_width: Positive = Field(128, description="numbers in the projection z")
+    temperature: Annotated[float, Field(gt=0)] = Field(0.1, description="of the softmax over prototypes")
     epsilon: Annotated[float, Field(gt=0)] = Field(0.05, description="of Sinkhorn: above 0.05 assignments get flat")
-    sinkhorn_iterations: Positive = 3
-    freeze_prototypes_epochs: NonNegative = 1
+    sinkhorn_iterations: Positive = Field(3, description="rounds that make prototypes used equally")
+    freeze_prototypes_epochs: NonNegative = Field(1, description="first epochs in which prototypes stay as they are")
 
 
 class DistillationSettings(TrainSettings):

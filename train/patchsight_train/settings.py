@@ -46,16 +46,18 @@ class TrainSettings(CommandSettings):
     width: Positive | None = Field(None, description="D of the ViT (default: the backbone's)")
     depth: Positive | None = Field(None, description="blocks of the ViT (default: the backbone's)")
     heads: Positive | None = Field(None, description="divides width (default: the backbone's)")
-    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
-    registers: Annotated[int, Field(ge=0)] = 0
+    mlp_ratio: Annotated[float, Field(gt=0)] = Field(4.0, description="width of a block's MLP, over that of its tokens")
+    registers: Annotated[int, Field(ge=0)] = Field(0, description="further tokens without a patch, arXiv:2309.16588")
     stem: Literal["patch", "conv", "cifar", "imagenet"] | None = Field(
         None, description="conv: a small convolutional stem for ViTs, not for MAE; cifar, imagenet: of ResNets"
     )
     stored_size: Positive | None = Field(None, description="pixels of the kept pictures, from which views are cut")
 
-    epochs: Positive = Field(100, description="(default: by the number of images and the device)")
+    epochs: Positive = Field(
+        100, description="times that all images are seen (default: by the number of images and the device)"
+    )
     batch_size: Annotated[int, Field(ge=2)] = Field(
-        512, description="images a step, over all ranks (default: likewise)"
+        512, description="images a step, over all ranks (default: by the number of images and the device)"
     )
     micro_batch: Positive | None = Field(
         None, description="images a forward: less memory, the same numbers (but for batch norm's)"
@@ -64,15 +66,15 @@ class TrainSettings(CommandSettings):
     compile: bool = Field(False, description="torch.compile the encoder's blocks (default: on a GPU with a C compiler)")
     resident: bool | None = Field(None, description="keep all pictures decoded in memory (default: where they fit)")
     lr: Annotated[float, Field(gt=0)] = Field(1e-3, description="peak learning rate of AdamW at this batch size")
-    final_lr: NonNegative = 1e-6
-    warmup_epochs: NonNegative = 10
-    weight_decay: NonNegative = 0.05
+    final_lr: NonNegative = Field(1e-6, description="learning rate at the end; cosine to this")
+    warmup_epochs: NonNegative = Field(10, description="epochs in which the learning rate rises to its peak")
+    weight_decay: NonNegative = Field(0.05, description="of AdamW; not of biases, norms and single tokens")
     final_weight_decay: NonNegative | None = Field(None, description="cosine to this, if set")
-    beta2: Share = 0.95
+    beta2: Share = Field(0.95, description="of AdamW: how slowly it forgets the size of gradients")
     clip_grad: NonNegative = Field(3.0, description="largest gradient norm; 0 for none")
 
-    seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = Field(0, description="of all that is random: first weights, order, views")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU, where there is one")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the device has it")
     threads: Positive | None = Field(None, description="CPU threads (default: torch's own choice)")
     checkpoint_every: Positive = Field(500, description="steps; the last two checkpoints are kept")

@@ -34,8 +34,8 @@ class EvalSettings(CommandSettings):
     )
     shots: list[Positive] = Field([1, 5, 10], description="k-NN also with so few labelled images of each class")
     draws: Positive = Field(5, description="how often these few are drawn")
-    seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = Field(0, description="of the draws, and of noise")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU, where there is one")
     threads: Positive | None = Field(None, description="CPU threads (default: torch's own choice)")
 
     @model_validator(mode="after")
