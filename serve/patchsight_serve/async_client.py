@@ -64,6 +64,10 @@ class AsyncClient:
         """As `Client.gallery`."""
         return await self._run(self._talk.gallery(query))
 
+    async def galleries(self) -> list[dict[str, Any]]:
+        """As `Client.galleries`."""
+        return await self._run(self._talk.galleries())
+
     async def gallery_images(self, **query: object) -> AsyncIterator[dict[str, Any]]:
         """As `Client.gallery_images`."""
         cursor: str | None = ""

@@ -84,6 +84,10 @@ class Client:
         """What there is in a gallery, `gallery=`, as `GET /gallery` tells it. Raises NotFound."""
         return self._run(self._talk.gallery(query))
 
+    def galleries(self) -> list[dict[str, Any]]:
+        """All galleries, each with its `name`, `count` and `encoder`, as `GET /galleries` tells them."""
+        return self._run(self._talk.galleries())
+
     def gallery_images(self, **query: object) -> Iterator[dict[str, Any]]:
         """All images of a gallery, `gallery=`, in the order of their ids: id, label, metadata, sha256."""
         cursor: str | None = ""

@@ -50,6 +50,11 @@ class GalleryConversation(Conversation):
         found: dict[str, Any] = (yield from self._ask(Call("GET", "/gallery", _said(query)))).json()
         return found
 
+    def galleries(self) -> Steps[list[dict[str, Any]]]:
+        """What `GET /galleries` tells."""
+        found: list[dict[str, Any]] = (yield from self._ask(Call("GET", "/galleries"))).json()["galleries"]
+        return found
+
     def page(self, query: Mapping[str, object]) -> Steps[dict[str, Any]]:
         """What `GET /gallery/images` tells."""
         found: dict[str, Any] = (yield from self._ask(Call("GET", "/gallery/images", _said(query)))).json()

@@ -3,13 +3,23 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from patchsight_serve.embedded_gallery import EmbeddedGallery
 from patchsight_serve.errors import NotFound
 from patchsight_serve.gallery import Gallery
+from patchsight_serve.item import Identity
 from patchsight_serve.scratch import Scratch
 
 DEFAULT = "default"
+
+
+class Outline(NamedTuple):
+    """A gallery among others. count: its images, None where it cannot be read. encoder: None while it is empty."""
+
+    name: str
+    count: int | None
+    encoder: Identity | None
 
 
 class Galleries(ABC):
@@ -20,6 +30,10 @@ class Galleries(ABC):
     @abstractmethod
     def names(self) -> list[str]:
         """Names of the galleries that exist."""
+
+    @abstractmethod
+    def outlines(self) -> list[Outline]:
+        """Each gallery in short, in the order of their names. None is opened for it that would take long."""
 
     @abstractmethod
     def exists(self, name: str) -> bool:
@@ -68,6 +82,10 @@ class NoGalleries(Galleries):
         self._processes = processes
 
     def names(self) -> list[str]:
+        """None."""
+        return []
+
+    def outlines(self) -> list[Outline]:
         """None."""
         return []
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 
-from patchsight_serve.collection import DEFAULT, Galleries
+from patchsight_serve.collection import DEFAULT, Galleries, Outline
 from patchsight_serve.durable import sync
 from patchsight_serve.embedded_gallery import EmbeddedGallery
 from patchsight_serve.errors import Conflict, NotFound, PatchsightError, Superseded
@@ -13,7 +13,7 @@ from patchsight_serve.gallery import Gallery
 from patchsight_serve.index import EXACT_LIMIT
 from patchsight_serve.item import check_gallery
 from patchsight_serve.record import Record
-from patchsight_serve.record_file import lock_out_others
+from patchsight_serve.record_file import lock_out_others, outlined
 from patchsight_serve.scratch import Scratch, told
 
 FILE = "gallery.sqlite"
@@ -35,6 +35,18 @@ class EmbeddedGalleries(Galleries):
 
     def names(self) -> list[str]:
         return sorted(path.parent.name for path in self._folder.glob(f"*/{FILE}"))
+
+    def outlines(self) -> list[Outline]:
+        return [outline for name in self.names() if (outline := self._outline(name)) is not None]
+
+    def _outline(self, name: str) -> Outline | None:
+        """Of one that is not open by its file: its vectors stay where they are."""
+        if (gallery := self._open.get(name)) is None:
+            with self._turn(name):
+                if (gallery := self._open.get(name)) is None:
+                    count, encoder = outlined(self._folder / name / FILE)
+                    return Outline(name, count, encoder) if self.exists(name) else None
+        return Outline(name, len(gallery), gallery.encoder)
 
     def exists(self, name: str) -> bool:
         return (self._folder / check_gallery(name) / FILE).is_file()

@@ -49,6 +49,20 @@ class GalleryInfo(BaseModel):
     reembedding: Reembedding | None = Field(description="by another encoder, at work or stopped by an error")
 
 
+class GalleryOutline(BaseModel):
+    """A gallery among others."""
+
+    name: str
+    count: int | None = Field(description="its images; null where it cannot be read")
+    encoder: EncoderName | None = Field(description="the encoder it is bound to; null while it is empty")
+
+
+class GalleriesReply(BaseModel):
+    """All galleries, in the order of their names. The default one is among them once it has been used."""
+
+    galleries: list[GalleryOutline]
+
+
 class RestoreReply(BaseModel):
     """A gallery that came from its backup."""
 

@@ -4,9 +4,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from patchsight_serve.collection import DEFAULT, Galleries
+from patchsight_serve.collection import DEFAULT, Galleries, Outline
 from patchsight_serve.embedded_gallery import EmbeddedGallery
-from patchsight_serve.errors import Conflict, NotFound
+from patchsight_serve.errors import Conflict, NotFound, PatchsightError
 from patchsight_serve.gallery import Gallery
 from patchsight_serve.milvus_binding import Binding
 from patchsight_serve.milvus_collection import alias_of, gallery_of
@@ -32,6 +32,18 @@ class MilvusGalleries(Galleries):
     def names(self) -> list[str]:
         names = (gallery_of(self._prefix, alias) for alias in self._connection.aliases())
         return sorted(name for name in names if name is not None)
+
+    def outlines(self) -> list[Outline]:
+        return [outline for name in self.names() if (outline := self._outline(name)) is not None]
+
+    def _outline(self, name: str) -> Outline | None:
+        try:
+            gallery = self.get(name)
+            return Outline(name, len(gallery), gallery.encoder)
+        except NotFound:
+            return None  # another gateway has removed it since
+        except PatchsightError:
+            return Outline(name, None, None)
 
     def exists(self, name: str) -> bool:
         return self._connection.aliased(alias_of(self._prefix, name)) is not None

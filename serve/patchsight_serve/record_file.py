@@ -3,8 +3,10 @@
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import quote
 
 from patchsight_serve.errors import Conflict
+from patchsight_serve.item import Identity
 
 VERSION = 1
 SCHEMA = """
@@ -44,6 +46,17 @@ def lock_out_others(path: Path) -> sqlite3.Connection:
             raise Conflict(f"gallery {path.parent.name!r} is open in another process") from None
         raise
     return connection
+
+
+def outlined(path: Path) -> tuple[int | None, Identity | None]:
+    """How many images a file has, damaged ones counted in, and of which encoder; None where it cannot be read."""
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as connection:
+            (count,) = connection.execute("SELECT count(*) FROM images").fetchone()
+            bound = connection.execute("SELECT value FROM facts WHERE name = 'encoder'").fetchone()
+        return count, Identity.read(bound[0]) if count and bound else None
+    except (sqlite3.Error, TypeError, ValueError):
+        return None, None
 
 
 def declared(connection: sqlite3.Connection) -> dict[tuple[str, str], str | None]:

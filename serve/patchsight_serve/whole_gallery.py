@@ -1,4 +1,4 @@
-"""`/gallery` as a whole: remove it, carry it away as one file, bring it back."""
+"""`/gallery` as a whole: remove it, carry it away as one file, bring it back; and which galleries there are."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -20,7 +20,7 @@ from patchsight_serve.file_reply import FileReply
 from patchsight_serve.galleries import GalleryQuery, described
 from patchsight_serve.gallery import Gallery
 from patchsight_serve.gallery_file import GalleryFile
-from patchsight_serve.gallery_schemas import ImportReply, Reembedding, RestoreReply
+from patchsight_serve.gallery_schemas import GalleriesReply, ImportReply, Reembedding, RestoreReply
 from patchsight_serve.long_work import LongWork
 from patchsight_serve.replies import RAW, json_reply
 from patchsight_serve.schemas import ErrorReply
@@ -43,8 +43,9 @@ _FILE: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
 
 
 def router() -> APIRouter:
-    """The six routes."""
+    """The seven routes."""
     routes = APIRouter(tags=["gallery"])
+    routes.get("/galleries", summary="All galleries", responses={200: {"model": GalleriesReply}})(all_of_them)
     routes.delete("/gallery", summary="Remove a gallery", status_code=204, response_class=Response, responses=_ERRORS)(
         delete
     )
@@ -93,6 +94,14 @@ def router() -> APIRouter:
         },
     )(reembed)
     return routes
+
+
+async def all_of_them(request: Request) -> Response:
+    """By name. None of them is opened for it."""
+    galleries, _ = _parts(request)
+    outlines = await asyncio.to_thread(galleries.outlines)
+    told = [{"name": o.name, "count": o.count, "encoder": described(o.encoder)} for o in outlines]
+    return json_reply({"galleries": told})
 
 
 async def delete(request: Request, gallery_name: GalleryQuery = DEFAULT) -> Response:

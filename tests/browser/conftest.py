@@ -15,6 +15,7 @@ from patchsight_serve.sample_gallery import SAMPLES
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",  # a camera, and a person who allows it
 ]  # fmt: skip
 
 

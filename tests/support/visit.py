@@ -26,7 +26,8 @@ SAMPLES_COUNT = 200
 def start(serve: Callable[..., str], *flags: object) -> str:
     if not any(MODELS.glob("*/encoder.json")):
         pytest.skip(f"no encoder in {MODELS}")
-    return serve("--model-repository", MODELS, "--threads", 1, "--drain-delay-s", 0, *flags)
+    quick = ("--engine", "onnxruntime")  # to try which engine is faster takes most of a start
+    return serve("--model-repository", MODELS, "--threads", 1, "--drain-delay-s", 0, *quick, *flags)
 
 
 def wait_for_samples(url: str, key: str = "none") -> None:

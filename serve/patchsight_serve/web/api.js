@@ -23,27 +23,55 @@ export function onKeyNeeded(ask) {
   askForKey = ask;
 }
 
-/** A reply that went well, with `took`: milliseconds in all, and of the server's stages. Throws ApiError, Lost. */
-export async function call(path, { method = "GET", body, type } = {}) {
+/**
+ * A reply that went well, with `took`: milliseconds in all, and of the server's stages. Throws ApiError, Lost, and the
+ * signal's reason. progress: told how many bytes of the body are sent. busy: told for how many seconds a full server
+ * asks to wait; with it, it is asked again for as long as it is full.
+ */
+export async function call(path, { method = "GET", body, type, signal, progress, busy } = {}) {
   for (let attempt = 0; ; attempt++) {
     const key = sessionStorage.getItem(KEY);
     const headers = {};
     if (key) headers.Authorization = `Bearer ${key}`;
     if (type) headers["Content-Type"] = type;
     const start = performance.now();
-    const response = await fetch(path, { method, body, headers }).catch(() => null);
+    const asked = (progress ? upload : fetch)(path, { method, body, headers, signal }, progress);
+    const response = await asked.catch(() => null);
+    signal?.throwIfAborted();
     if (!response) throw await lost(body);
     if (response.ok) {
       response.took = { all: performance.now() - start, ...stages(response) };
       return response;
     }
     if (response.status === 401 && (await obtainKey(key))) continue;
-    if (response.status === 429 && attempt < PATIENCE) {
-      await pause(1000 * (Number(response.headers.get("Retry-After")) || 1));
+    if (response.status === 429 && (busy || attempt < PATIENCE)) {
+      const seconds = Number(response.headers.get("Retry-After")) || 1;
+      busy?.(seconds);
+      await pause(1000 * seconds, signal);
+      signal?.throwIfAborted();
       continue;
     }
     throw await refusal(response);
   }
+}
+
+/** As `fetch`, which does not tell how much of a body is sent. */
+function upload(path, { method, body, headers, signal }, progress) {
+  const request = new XMLHttpRequest();
+  request.open(method, path);
+  request.responseType = "blob";
+  for (const [name, value] of Object.entries(headers)) request.setRequestHeader(name, value);
+  request.upload.onprogress = ({ loaded }) => progress(loaded);
+  const abort = () => request.abort();
+  signal?.addEventListener("abort", abort);
+  return new Promise((done, failed) => {
+    request.onload = () => {
+      const said = request.getAllResponseHeaders().trim().split(/\r?\n/).map((line) => line.split(/: (.*)/s, 2));
+      done(new Response(request.response, { status: request.status, headers: said }));
+    };
+    request.onerror = request.onabort = () => failed(new Lost());
+    request.send(body);
+  }).finally(() => signal?.removeEventListener("abort", abort));
 }
 
 /** The JSON of a reply; `took` beside it. */
@@ -52,7 +80,10 @@ export async function callJson(path, options) {
   return Object.assign(await response.json(), { took: response.took });
 }
 
-/** A path that asks of the gallery that the page is about: the one that the page's own address names. */
+/** The gallery that the page is about: the one that its own address names. */
+export const galleryName = () => new URLSearchParams(location.search).get("gallery") || "default";
+
+/** A path that asks of the gallery that the page is about. */
 export function ofGallery(path, query = {}) {
   const gallery = new URLSearchParams(location.search).get("gallery");
   const asked = new URLSearchParams(gallery ? { ...query, gallery } : query).toString();
@@ -65,8 +96,12 @@ export async function alive() {
   return Boolean(response?.ok);
 }
 
-export function pause(ms) {
-  return new Promise((done) => setTimeout(done, ms));
+/** For so long, or until the signal. */
+export function pause(ms, signal) {
+  return new Promise((done) => {
+    setTimeout(done, ms);
+    signal?.addEventListener("abort", done);
+  });
 }
 
 /** Whether there is another key now than the one that was refused. Calls that fail together ask once. */

@@ -12,6 +12,8 @@ export function el(name, properties = {}, ...children) {
 export const plural = (n, one) => `${n.toLocaleString("en")} ${one}${n === 1 ? "" : "s"}`;
 export const percent = (x, digits = 0) => `${(100 * x).toFixed(digits)} %`;
 
+export const megabytes = (bytes) => `${(bytes / 1e6).toFixed(bytes < 1e7 ? 1 : 0)} MB`;
+
 /** What `call` measured, as text. */
 export function timeOf({ all, ...stages }) {
   const parts = Object.entries(stages).map(([stage, ms]) => `${stage} ${ms.toFixed(1)} ms`);

@@ -4,13 +4,15 @@ import { ApiError, callJson, ofGallery } from "./api.js";
 import { $, el, percent, plural, timeOf } from "./elements.js";
 import { titleOf } from "./messages.js";
 import { app } from "./state.js";
-import { thumbnail } from "./thumbnails.js";
+import { tile } from "./thumbnails.js";
 
 const NEIGHBORS = 12;
 
 /** Neighbors as the gallery's own encoder sees them; an error here is no reason to withhold the attention. */
 export async function neighborsOf({ id }, bytes) {
+  if (!app.gallery.count) return { neighbors: [] };
   const query = { k: NEIGHBORS, vote: true };
+  if ($("only-label").value) query.label = $("only-label").value;
   if (!app.gallery.encoder) query.encoder = app.encoder.name;
   try {
     if (id) return await callJson(ofGallery("neighbors", { id, ...query }));
@@ -21,21 +23,26 @@ export async function neighborsOf({ id }, bytes) {
   }
 }
 
+/** The labels to choose neighbors from. */
+export function showLabels(labels) {
+  const chosen = $("only-label").value;
+  const options = labels.sort().map((value) => el("option", { value, textContent: value }));
+  $("only-label").replaceChildren(el("option", { value: "", textContent: "any label" }), ...options);
+  $("only-label").value = labels.includes(chosen) ? chosen : "";
+  $("only-label").parentElement.hidden = !labels.length;
+}
+
 export function showNeighbors({ neighbors, vote, error, took }, image) {
-  const tiles = neighbors.map(({ id, score, label }) => {
-    const name = el("span", { className: label && label === vote?.label ? "name agrees" : "name", textContent: label ?? id });
-    const value = el("span", { className: "score", textContent: score.toFixed(3), title: "cosine similarity" });
-    return el("li", {}, el("a", { href: `#/image/${id}`, title: id }, thumbnail(id, `Picture ${id}`), name, value));
-  });
-  $("neighbors").replaceChildren(...tiles);
-  $("vote").hidden = !neighbors.length;
-  if (neighbors.length) showVote(vote, image, neighbors.length);
+  const agrees = ({ label }) => Boolean(label) && label === vote?.label;
+  $("neighbors").replaceChildren(...neighbors.map((neighbor) => tile(neighbor, agrees(neighbor))));
+  $("vote").hidden = !neighbors.length || Boolean($("only-label").value); // all of one label have nothing to vote on
+  if (!$("vote").hidden) showVote(vote, image, neighbors.length);
   const other = app.gallery.encoder && app.gallery.encoder.name !== app.encoder.name;
   $("neighbors-note").textContent = error
     ? `${titleOf(error)} ${error.message}`
     : !neighbors.length
       ? app.gallery.count
-        ? "There is no other picture in the gallery."
+        ? `There is no other picture in the gallery${$("only-label").value ? " with that label" : ""}.`
         : "The gallery is empty: nothing can be near. Add this picture, and the next one has a neighbor."
       : `The nearest of ${plural(app.gallery.count, "picture")}, by cosine similarity${other ? `, as ${app.gallery.encoder.name} sees them` : ""}. Click one to go on from there.`;
   $("neighbors-time").textContent = took ? timeOf(took) : "";

@@ -4,12 +4,17 @@
 // from the server is set as text.
 
 import { ApiError, callJson, ofGallery, onKeyNeeded } from "./api.js";
+import "./bring.js";
+import "./camera.js";
 import { choose } from "./card.js";
 import { $, plural } from "./elements.js";
+import { onEntryChanged, showEntry } from "./entry.js";
+import { onFilled } from "./filling.js";
 import { readGallery, showStrip, watchGallery } from "./gallery.js";
 import { askForKey, complain, tell } from "./messages.js";
 import { neighborsOf, showNeighbors } from "./neighbors.js";
 import { draw, embed, showPicture } from "./picture.js";
+import "./pulse.js";
 import { app } from "./state.js";
 import { bitmapOf, bytesOf, nameOf, targetOf } from "./target.js";
 import { markCurrent, walk } from "./trail.js";
@@ -38,7 +43,8 @@ async function route() {
   if (app.shown && (target ?? app.shown.target).key === app.shown.target.key) return settle(app.shown.target);
   if (target) return open(target);
   const first = $("strip").querySelector("a");
-  return first ? open(targetOf(first.hash)) : null;
+  if (first) return open(targetOf(first.hash));
+  $("view").hidden = true; // there is nothing to show
 }
 
 /** The picture's view, with this target as its address. */
@@ -84,6 +90,7 @@ function fail(error, target) {
 }
 
 function show(shown) {
+  const walked = $("view").contains(document.activeElement);
   walk(shown.target);
   app.shown = shown;
   settle(shown.target);
@@ -95,21 +102,15 @@ function show(shown) {
   $("picture-label").textContent = image ? (image.label ? `labelled ${image.label}` : "without a label") : "not in the gallery";
   showPicture(shown);
   showNeighbors(found, image);
+  if (document.activeElement === document.body && walked) $("view").focus(); // the link that it was on is gone
   $("add").hidden = !target.upload;
+  showEntry(image);
   markCurrent();
   const votes = found.vote?.label ? `, which vote ${found.vote.label}` : "";
   $("status").textContent = `${name}: ${plural(found.neighbors.length, "neighbor")}${votes}.`;
 }
 
-/* ---- What the person brings ---- */
-
-function take(files) {
-  const first = app.uploads.length;
-  app.uploads.push(...[...files].map((file) => ({ file, url: URL.createObjectURL(file), id: null })));
-  if (app.uploads.length === first) return;
-  showStrip();
-  location.hash = `#/upload/${first}`;
-}
+/* ---- What the person adds ---- */
 
 async function add(event) {
   event.preventDefault();
@@ -130,9 +131,26 @@ async function add(event) {
   }
 }
 
+/** All that they brought is in the gallery, or was refused. */
+async function filled() {
+  await readGallery().catch((error) => complain(error, filled));
+  const added = app.shown?.target.upload?.id;
+  if (added) location.hash = `#/image/${added}`;
+  else await route();
+}
+
 /* ---- Wiring ---- */
 
 onKeyNeeded(askForKey);
+onEntryChanged(async (gone) => {
+  await readGallery();
+  if (!gone) return refresh();
+  app.shown = null;
+  location.hash = "#/";
+  await route();
+});
+onFilled(filled);
+$("only-label").addEventListener("change", refresh);
 $("key-dialog").querySelector("form").addEventListener("submit", (event) => {
   event.preventDefault();
   $("key-dialog").close($("key").value.trim());
@@ -140,6 +158,10 @@ $("key-dialog").querySelector("form").addEventListener("submit", (event) => {
 $("key-cancel").addEventListener("click", () => $("key-dialog").close(""));
 $("dismiss").addEventListener("click", () => ($("notice").hidden = true));
 $("add").addEventListener("submit", add);
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the address says which view is open
+  document.querySelector("main:not([hidden])").focus();
+});
 $("opacity").addEventListener("input", draw);
 $("controls").addEventListener("change", draw);
 $("encoder").addEventListener("change", ({ target }) => {
@@ -147,23 +169,6 @@ $("encoder").addEventListener("change", ({ target }) => {
   if (viewOf(location.hash)) app.shown = null; // seen anew when the person comes back to it
   else if (app.shown) refresh();
 });
-$("file").addEventListener("change", ({ target }) => {
-  take(target.files);
-  target.value = ""; // so that the same file can be chosen again
-});
 addEventListener("hashchange", route);
-addEventListener("paste", ({ clipboardData }) => take(clipboardData?.files ?? []));
-addEventListener("dragover", (event) => {
-  event.preventDefault();
-  document.body.classList.add("dropping");
-});
-addEventListener("dragleave", ({ relatedTarget }) => {
-  if (!relatedTarget) document.body.classList.remove("dropping");
-});
-addEventListener("drop", (event) => {
-  event.preventDefault();
-  document.body.classList.remove("dropping");
-  take(event.dataTransfer?.files ?? []);
-});
 
 start();

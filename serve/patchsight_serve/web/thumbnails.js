@@ -29,3 +29,10 @@ export function thumbnail(id, alt) {
   thumbnailUrl(id).then((url) => (image.src = url), () => (image.alt = `${alt} (no picture)`));
   return image;
 }
+
+/** A picture that was found, as an item of a list: it leads to its own view. */
+export function tile({ id, label, score }, agrees = false) {
+  const name = el("span", { className: agrees ? "name agrees" : "name", textContent: label ?? id });
+  const value = el("span", { className: "score", textContent: score.toFixed(3), title: "cosine similarity" });
+  return el("li", {}, el("a", { href: `#/image/${id}`, title: id }, thumbnail(id, `Picture ${id}`), name, value));
+}

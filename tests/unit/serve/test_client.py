@@ -391,6 +391,8 @@ def test_a_gallery_is_filled_listed_and_asked_for_many(kind: Any, tmp_path: Path
         assert [(r.id, r.created) for r in results] == [(f"i{i:02d}", True) for i in range(30)]
         assert not any(r.created for r in client.add_each(new[:7], gallery="mine"))
         assert client.gallery(gallery="mine")["count"] == 30
+        encoder = client.gallery(gallery="mine")["encoder"]
+        assert client.galleries() == [{"name": "mine", "count": 30, "encoder": encoder}]
         listed = list(client.gallery_images(gallery="mine"))
         assert [(one["id"], one["metadata"]) for one in listed] == [
             (item["id"], item["metadata"]) for _, item in new if "metadata" in item

@@ -4,13 +4,14 @@ import subprocess
 import sys
 import textwrap
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from patchsight_serve.bulk_add import add_vectors
-from patchsight_serve.collection import DEFAULT, NoGalleries
+from patchsight_serve.collection import DEFAULT, NoGalleries, Outline
 from patchsight_serve.embedded_galleries import EmbeddedGalleries as Galleries
 from patchsight_serve.embedded_gallery import EmbeddedGallery as Gallery
 from patchsight_serve.errors import Conflict, NotFound, PatchsightError, Superseded
@@ -265,3 +266,19 @@ def test_there_is_nothing_to_remove_where_there_are_no_galleries() -> None:
     for call in (none.delete, none.exists, none.check_free, lambda name: none.publish(name, Path("x"))):
         with pytest.raises(NotFound, match="--processes 1"):
             call("mine")
+
+
+def test_outlines_are_told_without_opening_a_gallery(tmp_path: Path) -> None:
+    folder = tmp_path / "galleries"
+    with closing(Galleries(folder)) as before:
+        fill(before.get("many", create=True), "m", 7)
+        before.get("none", create=True)
+        fill(before.get("broken", create=True), "b")
+    (folder / "broken" / "gallery.sqlite").write_bytes(b"SQLite format 3\0 and no more")
+    with closing(Galleries(folder)) as galleries:
+        expected = [Outline("broken", None, None), Outline("many", 7, ENCODER), Outline("none", 0, None)]
+        assert galleries.outlines() == expected
+        assert galleries._open == {}
+        galleries.get("many").delete("m0")
+        assert galleries.outlines()[1] == Outline("many", 6, ENCODER)  # as it is in memory
+    assert NoGalleries(4).outlines() == []

@@ -590,3 +590,15 @@ def test_metadata_that_no_reply_could_hold(client: TestClient, png: bytes) -> No
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, "metadata")
     assert client.get("/gallery/images").status_code == 200
     assert client.get("/neighbors?id=a").status_code == 200
+
+
+def test_all_galleries_in_short(serving: Callable[..., TestClient], photos: list[bytes]) -> None:
+    client = serving()
+    assert client.get("/galleries").json() == {"galleries": []}
+    add(client, photos[:3], gallery="mine")
+    add(client, photos[:1], gallery="a.b")
+    encoder = client.get("/gallery?gallery=mine").json()["encoder"]
+    expected = [{"name": "a.b", "count": 1, "encoder": encoder}, {"name": "mine", "count": 3, "encoder": encoder}]
+    assert client.get("/galleries").json() == {"galleries": expected}
+    client.delete("/gallery?gallery=a.b")
+    assert client.get("/galleries").json() == {"galleries": expected[1:]}
