@@ -76,7 +76,7 @@ async def map_of_gallery(
     request: Request, wanted: Annotated[Wanted, Depends()], gallery_name: GalleryQuery = DEFAULT
 ) -> Response:
     """By principal components at once; by UMAP (arXiv:1802.03426) when it is ready, which takes from ten seconds to
-    minutes: it is begun by the first request for it, in a process of its own, and kept until images are added or removed.
+    minutes: it is begun by the first request for it, in a process of its own, and kept until images come or go.
 
     Up to 20,000 images all are shown; of more a sample, always the same one, in which an image that is added or removed
     changes one place at most. Equal galleries of up to 20,000 images have equal maps.

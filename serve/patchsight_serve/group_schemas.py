@@ -77,8 +77,8 @@ class UmapInfo(BaseModel):
     """How the map by UMAP stands."""
 
     state: Literal["none", "working", "waiting", "stale", "ready", "failed", "too_few", "not_installed"] = Field(
-        description="`working`: it is being made. `waiting`: that of another gallery is, ask again. `ready`. `stale`: it "
-        "is of images as they were; where `method` is `umap`, a new one is being made. `failed`: see `error`; tried "
+        description="`working`: it is being made. `waiting`: that of another gallery is, ask again. `ready`. `stale`: "
+        "it is of images as they were; where `method` is `umap`, a new one is being made. `failed`: see `error`; tried "
         "again when it is asked for a minute later, or when the images have changed. `none`: nobody asked for it. "
         "`too_few`: it takes 16 images. `not_installed`: the server lacks the extra `map`"
     )

@@ -26,8 +26,8 @@ SEED = 0
 
 
 def umap(vectors: F32) -> F32:
-    """Unit rows `(N, D)`, LEAST of them or more, on a plane: float32 `(N, 2)` from 0 to 1. The answer depends on the set
-    of vectors alone."""
+    """Unit rows `(N, D)`, LEAST of them or more, on a plane: float32 `(N, 2)` from 0 to 1. The answer depends on the
+    set of vectors alone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what we leave out on purpose
         from umap import UMAP

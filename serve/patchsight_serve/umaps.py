@@ -134,7 +134,8 @@ class Umaps:
                     COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, env=environment,
                     start_new_session=True,  # Ctrl+C in a terminal is for the server, who ends it
                 )  # fmt: skip
-            assert process.stdin and process.stdout
+            assert process.stdin is not None
+            assert process.stdout is not None
             with process:
                 with suppress(BrokenPipeError):  # it died: its status says so
                     _send(process.stdin, vectors)

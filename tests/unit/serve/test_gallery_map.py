@@ -295,8 +295,7 @@ def test_the_real_umap(client: TestClient) -> None:
         )
         for reply in (by_umap, by_pca)
     }
-    assert trust["umap"] > 0.95
-    assert trust["umap"] > trust["pca"] + 0.05
+    assert trust["umap"] > 0.97 > trust["pca"]
 
 
 @pytest.mark.acceptance
@@ -308,7 +307,10 @@ from patchsight_serve.umap_child import umap
 vectors = np.load("vectors.npy")
 order = np.random.default_rng(1).permutation(len(vectors))
 plane = umap(vectors)
-assert np.isfinite(plane).all() and np.array_equal(plane[order], umap(vectors[order]))
+again = umap(vectors[order])
+assert np.isfinite(plane).all()
+assert sorted(plane.tolist()) == sorted(again.tolist())
+assert np.array_equal(plane[-120:], again[np.argsort(order)][-120:])  # equal vectors may change places
 """
     vectors = np.concatenate([np.eye(40), np.tile(np.eye(1, 40), (30, 1)), planted(dim=40)]).astype(np.float32)
     np.save(tmp_path / "vectors.npy", vectors)
