@@ -41,11 +41,11 @@ lock: $(UV) ## resolve anew: one lock for every extra
 clean:
 	rm -rf .venv .serve-venv .triton-venv .uv dist site
 
-# The serving environment: the base install at the locked versions, without torch.
+# The serving environment: the base install and the map's UMAP at the locked versions, without torch.
 .serve-venv/.built: pyproject.toml requirements.lock | $(UV)
 	$(UV) venv --quiet --allow-existing --python $(PYTHON) .serve-venv
 	$(UV) pip compile --quiet --generate-hashes --constraints requirements.lock --python .serve-venv/bin/python \
-	    pyproject.toml -o .serve-venv/requirements.txt
+	    --extra map pyproject.toml -o .serve-venv/requirements.txt
 	$(UV) pip sync --quiet --require-hashes --python .serve-venv/bin/python .serve-venv/requirements.txt
 	$(UV) pip install --quiet --no-deps --python .serve-venv/bin/python --editable .
 	touch $@

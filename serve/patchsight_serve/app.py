@@ -20,6 +20,7 @@ from patchsight_serve import (
     duplicates,
     embeddings,
     galleries,
+    gallery_map,
     neighbors,
     openai_api,
     origin,
@@ -99,6 +100,7 @@ def create_app(
     app.state.reloader = Reloader(service, source)
     app.state.galleries = _galleries(settings)
     app.state.surveys = Surveys()
+    app.state.maps = gallery_map.Maps()
     app.state.region_searches = RegionSearches(service)
     app.state.long_work = LongWork()
     app.state.reembeddings = Reembeddings(service, app.state.galleries, app.state.long_work)
@@ -109,6 +111,7 @@ def create_app(
     app.include_router(regions.router())
     app.include_router(duplicates.router())
     app.include_router(clusters.router())
+    app.include_router(gallery_map.router())
     app.include_router(openai_api.router())
     app.include_router(status.router())
     app.include_router(page.router())
@@ -173,6 +176,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(app.state.galleries.scratch.clear)
         stack.callback(app.state.galleries.close)
         stack.callback(app.state.surveys.close)
+        stack.callback(app.state.maps.close)
         stack.push_async_callback(asyncio.to_thread, app.state.long_work.close)
         stack.push_async_callback(app.state.reembeddings.close)
         if service.settings.sample_gallery and service.settings.processes == 1:

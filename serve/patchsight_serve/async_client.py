@@ -15,7 +15,7 @@ from patchsight_serve.client_protocol import Options, Row
 from patchsight_serve.client_steps import Call, Step, Steps, Work
 from patchsight_serve.encoder import Values
 from patchsight_serve.errors import PatchsightError
-from patchsight_serve.group import Cluster, Group
+from patchsight_serve.group import Cluster, GalleryMap, Group
 from patchsight_serve.item import Added, Identity, Neighbor, RegionNeighbor
 
 S = TypeVar("S")
@@ -136,6 +136,10 @@ class AsyncClient:
     async def clusters(self, **query: object) -> list[Cluster]:
         """As `Client.clusters`."""
         return await self._run(self._talk.clusters(query))
+
+    async def map(self, **query: object) -> GalleryMap:
+        """As `Client.map`."""
+        return await self._run(self._talk.map(query))
 
     async def close(self) -> None:
         """Close the connections."""

@@ -16,7 +16,7 @@ from patchsight_serve.client_protocol import Options, Row
 from patchsight_serve.client_steps import Call, Step, Steps, Wait, Work
 from patchsight_serve.encoder import Values
 from patchsight_serve.errors import PatchsightError
-from patchsight_serve.group import Cluster, Group
+from patchsight_serve.group import Cluster, GalleryMap, Group
 from patchsight_serve.item import Added, Identity, Neighbor, RegionNeighbor
 
 __all__ = ["AsyncClient", "Client", "Picture"]
@@ -165,6 +165,14 @@ class Client:
         query: `k`, `typical`, `gallery`, as `GET /gallery/clusters` has them.
         """
         return self._run(self._talk.clusters(query))
+
+    def map(self, **query: object) -> GalleryMap:
+        """Where on a plane the images of a gallery are, at once: by principal components until UMAP is ready, which the
+        first call begins.
+
+        query: `method` (`pca`: no UMAP), `limit`, `gallery`, as `GET /gallery/map` has them.
+        """
+        return self._run(self._talk.map(query))
 
     def close(self) -> None:
         """Close the connections."""

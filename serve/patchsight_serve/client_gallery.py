@@ -3,13 +3,14 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import orjson
 
 from patchsight_serve.client_images import Picture, cut, weight
 from patchsight_serve.client_protocol import Conversation, encoded_all, good
 from patchsight_serve.client_steps import JSON, Call, Steps, named
 from patchsight_serve.errors import InvalidRequest, PatchsightError, TooLarge
-from patchsight_serve.group import Cluster, Group, LabelCount, Member, Typical
+from patchsight_serve.group import Cluster, GalleryMap, Group, LabelCount, Member, Typical
 from patchsight_serve.item import Added, Neighbor, RegionNeighbor
 
 New = tuple[Picture, Mapping[str, Any]]  # for a gallery, with `id`, `label` and `metadata`, as far as it has them
@@ -112,6 +113,13 @@ class GalleryConversation(Conversation):
             Cluster(c["size"], [LabelCount(**count) for count in c["labels"]], [Typical(**t) for t in c["typical"]])
             for c in (yield from self._ask(call)).json()["clusters"]
         ]
+
+    def map(self, query: Mapping[str, object]) -> Steps[GalleryMap]:
+        """Of a gallery."""
+        found = (yield from self._ask(Call("GET", "/gallery/map", _said(query)))).json()
+        positions = np.array([found["xs"], found["ys"]], np.float32).T
+        state = found["umap"]["state"]
+        return GalleryMap(found["method"], state, found["images"], found["ids"], found["labels"], positions)
 
 
 def _said(query: Mapping[str, object]) -> dict[str, str | list[str]]:

@@ -1,6 +1,8 @@
-"""What is found in a gallery as a whole: groups of near-duplicates, and clusters."""
+"""What is found in a gallery as a whole: groups of near-duplicates, clusters, and where on a map its images are."""
 
 from dataclasses import dataclass
+
+from patchsight_serve.encoder import Values
 
 
 @dataclass(frozen=True)
@@ -46,3 +48,15 @@ class Cluster:
     size: int
     labels: list[LabelCount]  # the most frequent ones
     typical: list[Typical]  # best first
+
+
+@dataclass(frozen=True, eq=False)
+class GalleryMap:
+    """Images on a plane. ids, labels, and positions float32 `(N, 2)`, 0 to 1, are of the same length."""
+
+    method: str  # by which they are: pca or umap
+    umap: str  # how the map by UMAP stands: its `state` in the reply
+    images: int  # in the gallery, of which N are on the map
+    ids: list[str]
+    labels: list[str | None]
+    positions: Values

@@ -1,6 +1,6 @@
 """The shapes of what is found in a gallery as a whole, for the OpenAPI page."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -71,3 +71,42 @@ class ClustersReply(BaseModel):
     images: int = Field(description="how many there are in all clusters")
     unclustered: int = Field(description="how many are in none; 0 by kmeans")
     clusters: list[ImageCluster]
+
+
+class UmapInfo(BaseModel):
+    """How the map by UMAP stands."""
+
+    state: Literal["none", "working", "waiting", "stale", "ready", "failed", "too_few", "not_installed"] = Field(
+        description="`working`: it is being made. `waiting`: that of another gallery is, ask again. `ready`. `stale`: "
+        "it is of images as they were; where `method` is `umap`, a new one is being made. `failed`: see `error`; tried "
+        "again when it is asked for a minute later, or when the images have changed. `none`: nobody asked for it. "
+        "`too_few`: it takes 16 images. `not_installed`: the server lacks the extra `map`"
+    )
+    error: str | None = Field(description="why it failed")
+
+
+class MapReply(BaseModel):
+    """Images on a plane, as columns that are all `shown` long: what is alike lies together."""
+
+    encoder: EncoderName | None = Field(description="null if the gallery is empty")
+    method: Literal["pca", "umap"] = Field(description="by which the positions are; `pca` until `umap` is ready")
+    umap: UmapInfo
+    images: int = Field(description="how many the gallery has")
+    shown: int = Field(description="how many of them have a position here")
+    ids: list[str] = Field(description="in an order without meaning: any first so many of them are a fair sample")
+    labels: list[str | None]
+    xs: list[float] = Field(description="0 to 1; what is the longer of the two ranges from 0 to 1")
+    ys: list[float] = Field(description="0 to 1, at the same scale, with their middle at 0.5")
+
+
+MAP_EXAMPLE: dict[str, Any] = {
+    "encoder": {"name": "simclr-vit-tiny-photos", "sha256": "e42b13bf…"},
+    "method": "pca",
+    "umap": {"state": "working", "error": None},
+    "images": 200,
+    "shown": 3,
+    "ids": ["shoes-04", "dress-11", "hat-02"],
+    "labels": ["shoes", "dress", None],
+    "xs": [0.0, 0.61803, 1.0],
+    "ys": [0.40821, 0.29017, 0.70983],
+}

@@ -421,10 +421,10 @@ def test_regions(kind: Any, tmp_path: Path) -> None:
 
 
 @both
-def test_duplicates_and_clusters(kind: Any, tmp_path: Path) -> None:
+def test_duplicates_clusters_and_the_map(kind: Any, tmp_path: Path) -> None:
     images = photos(6)
     with listening(state_dir=tmp_path) as (url, _), kind(url) as client:
-        assert client.duplicates() == client.clusters() == []
+        assert client.duplicates() == client.clusters() == client.map().ids == []
         for i, image in enumerate(images * 2):
             httpx.post(f"{url}/gallery/images?id=i{i:02d}&label=l{i % 2}", content=image).raise_for_status()
         groups = client.duplicates(min_score=0.9999)
@@ -437,6 +437,10 @@ def test_duplicates_and_clusters(kind: Any, tmp_path: Path) -> None:
         assert sum(cluster.size for cluster in client.clusters(k=3)) == 12
         with pytest.raises(InvalidRequest, match="k is 13, the gallery has 12 images"):
             client.clusters(k=13)
+        placed, told = client.map(limit=5), httpx.get(f"{url}/gallery/map?limit=5").json()
+        assert (placed.method, placed.umap, placed.images) == ("pca", "too_few", 12)
+        assert (placed.ids, placed.labels) == (told["ids"], told["labels"])
+        assert placed.positions.tolist() == pytest.approx(np.array([told["xs"], told["ys"]]).T)
         with pytest.raises(NotFound, match="nowhere"):
             client.duplicates(gallery="nowhere")
 

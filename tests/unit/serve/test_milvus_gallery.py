@@ -338,6 +338,8 @@ def test_a_whole_gallery_over_http(serving, png: bytes, empty_milvus: Path) -> N
     (found,) = client.post("/neighbors?gallery=mine", **raw).json()["neighbors"]
     assert (found["id"], found["label"], round(found["score"], 6)) == ("a", "x", 1.0)
     assert client.get("/gallery/clusters?gallery=mine").json()["clusters"][0]["size"] == 1
+    placed = client.get("/gallery/map?gallery=mine").json()
+    assert (placed["ids"], placed["labels"], placed["umap"]["state"]) == (["a"], ["x"], "too_few")
     for reply in (
         client.get("/gallery/backup?gallery=mine"), client.post("/gallery/restore?gallery=new", content=b"x"),
         client.post("/gallery/reembed?gallery=mine&encoder=fake"),

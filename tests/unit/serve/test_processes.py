@@ -249,6 +249,7 @@ def test_threads_are_divided_unless_they_are_given() -> None:
         ("GET", "/neighbors?id=a&gallery=other", b""),
         ("GET", "/gallery/duplicates", b""),
         ("GET", "/gallery/clusters", b""),
+        ("GET", "/gallery/map", b""),
     ],
 )
 def test_galleries_are_refused(

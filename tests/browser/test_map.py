@@ -1,0 +1,173 @@
+"""The gallery as a map, in a real Chromium: points where the server says, thumbnails, legend, UMAP; by hand, by key."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from playwright.sync_api import Browser, Page, expect
+from visit import DESKTOP, PHONE, Visit, start, wait_for_samples
+
+UMAP_MS = 280_000  # numba compiles, beside other work
+QUICK = ("--engine", "onnxruntime")
+HTML = "<img src=x onerror=\"document.title='owned'\">"
+
+
+@pytest.fixture(scope="module")
+def url(shared_serve: Callable[..., str]) -> str:
+    """A server whose sample gallery is complete, without the trial of engines at its start."""
+    url = start(shared_serve, *QUICK)
+    wait_for_samples(url)
+    return url
+
+
+def ask(url: str, **query: Any) -> dict[str, Any]:
+    return httpx.get(f"{url}/gallery/map", params=query, timeout=60).raise_for_status().json()
+
+
+def open_map(visit: Visit) -> Page:
+    visit.page.goto(f"{visit.url}/#/map")
+    expect(visit.page.locator("#plane[data-scale]")).to_be_visible()
+    return visit.page
+
+
+def view(page: Page) -> dict[str, float]:
+    """Which part of the plane is on view: its middle, and pixels per unit."""
+    page.wait_for_timeout(400)  # it says so when it rests
+    told = page.locator("#plane").evaluate("canvas => ({...canvas.dataset})")
+    return {name: float(value) for name, value in told.items()}
+
+
+def places(page: Page, reply: dict[str, Any]) -> np.ndarray:
+    """Where on the canvas, in pixels, each image is `(N, 2)`."""
+    seen, box = view(page), page.locator("#plane").bounding_box()
+    assert box
+    x = (np.array(reply["xs"]) - seen["x"]) * seen["scale"] + box["width"] / 2
+    y = (seen["y"] - np.array(reply["ys"])) * seen["scale"] + box["height"] / 2
+    return np.stack([x, y], axis=1)
+
+
+def painted(visit: Visit, at: np.ndarray) -> np.ndarray:
+    """Opacity of the canvas at places `(N, 2)`, 0 to 255."""
+    pixels = visit.pixels("#plane")
+    x, y = at.round().astype(int).T
+    return pixels[y.clip(0, len(pixels) - 1), x.clip(0, pixels.shape[1] - 1), 3]
+
+
+def test_the_map_by_hand_and_by_key(visit: Visit) -> None:
+    page = open_map(visit)
+    reply = ask(visit.url, method="pca")
+    page.locator("#map .switch").get_by_text("Components").click()
+    expect(page.locator("#map-how")).to_contain_text("200 pictures. By principal components")
+    page.wait_for_timeout(1200)  # points move, where UMAP was first
+    at = places(page, reply)
+    assert (painted(visit, at) > 200).all()
+    empty = np.stack(np.meshgrid(np.arange(40, 1180, 20), np.arange(40, 500, 20)), -1).reshape(-1, 2).astype(float)
+    empty = empty[np.linalg.norm(empty[:, None] - at, axis=2).min(axis=1) > 40]
+    assert (painted(visit, empty) == 0).mean() > 0.95
+
+    counts = Counter(reply["labels"]).most_common()
+    expect(page.locator("#map-legend button")).to_have_count(len(counts))
+    label, count = counts[0]
+    button = page.locator("#map-legend").get_by_role("button", name=f"{label} {count}")
+    button.click()
+    expect(button).to_have_attribute("aria-pressed", "true")
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(300)
+    own = np.array([other == label for other in reply["labels"]])
+    assert (painted(visit, at[own]) > 200).all()
+    assert (painted(visit, at[~own]) > 200).mean() < 0.3
+    button.click()
+    expect(button).to_have_attribute("aria-pressed", "false")
+
+    # The lone picture farthest from all others can be pointed at without doubt.
+    apart = np.linalg.norm(at[:, None] - at, axis=2) + 1e9 * np.eye(len(at))
+    lone = int(apart.min(axis=1).argmax())
+    canvas = page.locator("#plane")
+    box = canvas.bounding_box()
+    assert box
+    page.mouse.move(box["x"] + at[lone, 0], box["y"] + at[lone, 1])
+    expect(page.locator("#map-tip")).to_contain_text(reply["ids"][lone])
+    expect(page.locator("#map-tip")).to_contain_text(reply["labels"][lone])
+    before = view(page)
+    asked = len([url for url in visit.requests if url.endswith("/thumbnail")])
+    page.mouse.wheel(0, -300)
+    closer = view(page)
+    assert closer["scale"] > 1.5 * before["scale"]
+    assert places(page, reply)[lone] == pytest.approx(at[lone], abs=1)  # what is under the pointer stays there
+    for _ in range(4):
+        page.mouse.wheel(0, -300)
+    view(page)
+    page.wait_for_timeout(1500)
+    thumbnails = len([url for url in visit.requests if url.endswith("/thumbnail")]) - asked
+    assert 1 <= thumbnails <= 5 * 48
+    beside = places(page, reply)[lone] + [18, -18]  # beyond any mark, within a thumbnail
+    assert painted(visit, beside[None])[0] == 255
+    page.mouse.down()
+    page.mouse.move(box["x"] + at[lone, 0] - 60, box["y"] + at[lone, 1] - 40, steps=4)
+    page.mouse.up()
+    assert places(page, reply)[lone] == pytest.approx(at[lone] - [60, 40], abs=2)
+    assert page.url.endswith("#/map")  # a drag is no click
+    visit.screenshot("map-near", full_page=False)
+
+    canvas.focus()
+    page.keyboard.press("0")
+    assert view(page)["scale"] == pytest.approx(before["scale"])
+    page.keyboard.press("+")
+    assert view(page)["scale"] == pytest.approx(1.5 * before["scale"])
+    page.keyboard.press("ArrowRight")
+    assert view(page)["x"] > before["x"]
+    distances = np.linalg.norm(places(page, reply) - [box["width"] / 2, box["height"] / 2], axis=1)
+    near = {reply["ids"][i] for i in np.argsort(distances)[:12]}
+    spoken = page.locator("#status").inner_text()
+    assert spoken.split(", ")[-1] in near
+    page.keyboard.press("Enter")
+    visit.shown(spoken.split(", ")[-1])
+    page.go_back()
+    expect(canvas).to_be_visible()
+    page.keyboard.press("0")
+    page.get_by_role("button", name="The whole map").click()
+    at = places(page, reply)
+    page.mouse.click(box["x"] + at[lone, 0], box["y"] + at[lone, 1])
+    visit.shown(reply["ids"][lone])
+    visit.end()
+
+
+def test_umap_arrives_and_the_points_move(browser: Browser, url: str) -> None:
+    for name, viewport, scheme in (
+        ("map", DESKTOP, "light"),
+        ("map-dark", DESKTOP, "dark"),
+        ("map-phone", PHONE, "light"),
+    ):
+        visit = Visit(browser, url, viewport, scheme)
+        page = open_map(visit)
+        expect(page.locator("#map-how")).to_contain_text("By UMAP", timeout=UMAP_MS)
+        expect(page.get_by_role("radio", name="UMAP")).to_be_checked()
+        page.wait_for_timeout(1200)
+        reply = ask(url)
+        assert reply["method"] == "umap"
+        assert (painted(visit, places(page, reply)) > 200).all()
+        assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+        visit.screenshot(name, full_page=name != "map")
+        visit.end()
+
+
+def test_an_empty_gallery_and_labels_that_are_html(browser: Browser, serve: Callable[..., str], photo: bytes) -> None:
+    visit = Visit(browser, start(serve, "--no-sample-gallery", *QUICK))
+    page = visit.page
+    page.goto(f"{visit.url}/#/map")
+    expect(page.locator("#map")).to_contain_text("The gallery is empty.")
+    for i, label in enumerate([HTML, HTML, "shoes", None]):
+        query = {"id": f"i{i}", **({"label": label} if label else {})}
+        # Bytes that differ behind the picture's end make other pictures of it.
+        httpx.post(f"{visit.url}/gallery/images", params=query, content=photo + bytes([i])).raise_for_status()
+    page.goto(f"{visit.url}/")
+    page.locator("nav").get_by_role("link", name="Map").click()
+    expect(page.locator("#map-how")).to_contain_text("4 pictures.")
+    expect(page.locator("#map-how")).to_contain_text("too few pictures")
+    expect(page.locator("#map-legend li")).to_have_text([f"{HTML}2", "shoes1", "without a label1"])
+    assert "owned" not in page.title()
+    assert page.locator("#map img[src=x]").count() == 0
+    visit.end()
