@@ -19,7 +19,11 @@ POLICY = (
 )
 # Every file is asked for again, and mostly answered with 304: script, style and HTML must be of one version.
 FILE_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
-PAGE_HEADERS = FILE_HEADERS | {"Content-Security-Policy": POLICY, "Cross-Origin-Opener-Policy": "same-origin"}
+PAGE_HEADERS = FILE_HEADERS | {
+    "Content-Security-Policy": POLICY,
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
+}
 # Swagger UI has its icons in its style sheet, as data, and turns text into HTML by itself.
 DOCS_POLICY = POLICY.partition("; require-trusted-types-for")[0].replace("blob:", "blob: data:")
 DOCS_HEADERS = PAGE_HEADERS | {"Content-Security-Policy": DOCS_POLICY}

@@ -67,7 +67,7 @@ def test_choose_begin_and_delete_a_gallery(visit: Visit, api: httpx.Client, phot
     page.get_by_text("Download or delete").click()
     page.get_by_role("button", name="Delete this gallery").click()
     dialog = page.get_by_role("dialog")
-    expect(dialog).to_contain_text("All 1 picture of it will be gone")
+    expect(dialog).to_contain_text("1 picture will be gone")
     ok = dialog.get_by_role("button", name="Delete it")
     dialog.get_by_label("Its name").fill("new.on")
     expect(ok).to_be_disabled()

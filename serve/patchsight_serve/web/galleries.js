@@ -36,7 +36,7 @@ async function save(part, name) {
 
 async function remove() {
   const name = galleryName();
-  const text = `All ${plural(app.gallery.count, "picture")} of it will be gone for good. To go on, type its name: ${name}`;
+  const text = `${plural(app.gallery.count, "picture")} will be gone for good. To go on, type its name: ${name}`;
   if (!(await confirmed(`Delete the gallery “${name}”?`, text, "Delete it", name))) return;
   try {
     await call(ofGallery("gallery"), { method: "DELETE" });

@@ -9,7 +9,7 @@ import { complain } from "./messages.js";
  */
 export function part({ title, about, name, input, text, show }) {
   const slider = el("input", { type: "range", ...input });
-  const value = el("output", { textContent: text(slider.value) });
+  const value = el("span", { textContent: text(slider.value) });
   const note = el("p", { className: "note" });
   note.role = "status";
   const list = el("ol", { className: "group-list" });

@@ -40,7 +40,10 @@ def test_headers_of_the_page_and_its_files(client: TestClient) -> None:
         assert reply.headers["x-content-type-options"] == "nosniff"
         assert reply.headers["referrer-policy"] == "no-referrer"
         assert reply.headers["cache-control"] == "no-cache"
-        assert ("content-security-policy" in reply.headers) == (path in ("/", "/docs", "/static/index.html"))
+        html = path in ("/", "/docs", "/static/index.html")
+        assert ("content-security-policy" in reply.headers) == html
+        asks_for = "camera=(self), microphone=(), geolocation=()" if html else None
+        assert reply.headers.get("permissions-policy") == asks_for
     for path in ("/", "/docs"):
         assert client.get(path).headers["content-type"] == "text/html; charset=utf-8"
     assert client.get("/static/page.js").headers["content-type"].startswith("text/javascript")
