@@ -23,15 +23,20 @@ export function onKeyNeeded(ask) {
   askForKey = ask;
 }
 
-/** A reply that went well, with `took`: milliseconds in all, and of the server's stages. Throws ApiError, Lost. */
-export async function call(path, { method = "GET", body, type } = {}) {
+/**
+ * A reply that went well, with `took`: milliseconds in all, and of the server's stages. Throws ApiError, Lost; what the
+ * signal says when it is aborted, and the server ends that work.
+ */
+export async function call(path, { method = "GET", body, type, accept, signal } = {}) {
   for (let attempt = 0; ; attempt++) {
     const key = sessionStorage.getItem(KEY);
     const headers = {};
     if (key) headers.Authorization = `Bearer ${key}`;
     if (type) headers["Content-Type"] = type;
+    if (accept) headers.Accept = accept;
     const start = performance.now();
-    const response = await fetch(path, { method, body, headers }).catch(() => null);
+    const response = await fetch(path, { method, body, headers, signal }).catch(() => null);
+    signal?.throwIfAborted();
     if (!response) throw await lost(body);
     if (response.ok) {
       response.took = { all: performance.now() - start, ...stages(response) };

@@ -3,12 +3,14 @@
 // What is shown stands in the address, so every picture is a link, and the browser's way back works. Whatever comes
 // from the server is set as text.
 
+import { watchAcross } from "./across.js";
 import { ApiError, callJson, ofGallery, onKeyNeeded } from "./api.js";
 import { choose } from "./card.js";
 import { $, plural } from "./elements.js";
 import { readGallery, showStrip, watchGallery } from "./gallery.js";
 import { askForKey, complain, tell } from "./messages.js";
 import { neighborsOf, showNeighbors } from "./neighbors.js";
+import { layPatches, watchPatches } from "./patch.js";
 import { draw, embed, showPicture } from "./picture.js";
 import { app } from "./state.js";
 import { bitmapOf, bytesOf, nameOf, targetOf } from "./target.js";
@@ -63,7 +65,7 @@ async function open(target) {
       bitmapOf(target, bytes),
     ]);
     if (mine !== turn) return;
-    show({ target, bitmap, image, found, ...seen });
+    show({ target, bytes, bitmap, image, found, ...seen });
   } catch (error) {
     if (mine === turn) fail(error, target);
   } finally {
@@ -94,6 +96,7 @@ function show(shown) {
   $("picture-name").textContent = name;
   $("picture-label").textContent = image ? (image.label ? `labelled ${image.label}` : "without a label") : "not in the gallery";
   showPicture(shown);
+  layPatches();
   showNeighbors(found, image);
   $("add").hidden = !target.upload;
   markCurrent();
@@ -140,6 +143,8 @@ $("key-dialog").querySelector("form").addEventListener("submit", (event) => {
 $("key-cancel").addEventListener("click", () => $("key-dialog").close(""));
 $("dismiss").addEventListener("click", () => ($("notice").hidden = true));
 $("add").addEventListener("submit", add);
+watchPatches();
+watchAcross();
 $("opacity").addEventListener("input", draw);
 $("controls").addEventListener("change", draw);
 $("encoder").addEventListener("change", ({ target }) => {
