@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, Response, Route, expect
+from playwright.sync_api import Browser, FloatRect, Locator, Page, Position, Response, Route, expect
 from visit import PHONE, Visit, encoders_of, start, wait_for_samples
 
 from patchsight_serve.heatmap import COLORS
@@ -40,10 +40,16 @@ def cosines(url: str, photo: bytes) -> np.ndarray:
     return tokens @ tokens.T
 
 
-def middle(locator: Locator, column: int, row: int) -> dict[str, float]:
-    """Of a patch, in the grid's own pixels."""
+def rectangle(locator: Locator) -> FloatRect:
+    """Where it is on the page."""
     box = locator.bounding_box()
     assert box is not None
+    return box
+
+
+def middle(locator: Locator, column: int, row: int) -> Position:
+    """Of a patch, in the grid's own pixels."""
+    box = rectangle(locator)
     return {"x": (column + 0.5) / PATCHES * box["width"], "y": (row + 0.5) / PATCHES * box["height"]}
 
 
@@ -80,7 +86,7 @@ def test_what_is_like_the_patch_that_is_clicked(visit: Visit, photo: bytes) -> N
 
     patches = page.locator("#patches")
     for column, row in ((2, 6), (7, 0)):
-        patches.click(position=middle(patches, column, row))  # type: ignore[arg-type]
+        patches.click(position=middle(patches, column, row))
         expect(page.locator("#looks-title")).to_have_text("What is like this patch")
         chosen = row * PATCHES + column
         expect(page.locator("#attention-note")).to_contain_text(
@@ -90,8 +96,7 @@ def test_what_is_like_the_patch_that_is_clicked(visit: Visit, photo: bytes) -> N
         assert np.abs(drawn - painted(alike[chosen])).max() <= 6  # of neighboring steps, by rounding
         assert (drawn[row, column] == COLORS[255]).all()
         assert (drawn.sum(axis=2) == drawn[row, column].sum()).sum() == 1  # nothing else is as bright
-        frame, canvas = (page.locator(s).bounding_box() for s in ("#patch-chosen", "#picture"))
-        assert frame and canvas
+        frame, canvas = (rectangle(page.locator(s)) for s in ("#patch-chosen", "#picture"))
         patch = canvas["width"] / PATCHES
         top = canvas["y"] + (canvas["height"] - canvas["width"]) / 2
         assert abs(frame["x"] - canvas["x"] - column * patch) < 1.5
@@ -144,8 +149,7 @@ def test_a_block_of_patches_is_found_across_the_gallery(visit: Visit, photo: byt
     visit.shown("mine.jpg")
     patches = page.locator("#patches")
     patches.scroll_into_view_if_needed()
-    box = patches.bounding_box()
-    assert box is not None
+    box = rectangle(patches)
     start, end = middle(patches, 4, 3), middle(patches, 2, 5)
     page.mouse.move(box["x"] + start["x"], box["y"] + start["y"])
     page.mouse.down()
@@ -174,8 +178,7 @@ def test_a_block_of_patches_is_found_across_the_gallery(visit: Visit, photo: byt
         frame = tile.locator(".found-frame")
         expect(frame).to_be_visible()
         size = tile.locator("img").evaluate("image => [image.naturalWidth, image.naturalHeight]")
-        outer, inner = tile.locator(".found").bounding_box(), frame.bounding_box()
-        assert outer and inner
+        outer, inner = rectangle(tile.locator(".found")), rectangle(frame)
         longer, side = max(size), outer["width"]
         for axis, (width, low, high) in enumerate(zip(size, neighbor["box"][:2], neighbor["box"][2:], strict=True)):
             shown, key = width / longer, "xy"[axis]
@@ -238,11 +241,11 @@ def test_an_encoder_without_patches_says_so(visit: Visit) -> None:
 
 
 @pytest.fixture
-def forgetful(serve: Callable[..., str], tmp_path: Path) -> Iterator[str]:
+def forgetful(serve: Callable[..., str], tmp_path: Path) -> str:
     """A server that keeps no originals."""
     url = start(serve, *encoders_of(tmp_path / "models", ENCODER), "--no-keep-originals")
     wait_for_samples(url)
-    yield url
+    return url
 
 
 def test_without_originals_nothing_is_found_and_a_phone_shows_why(browser: Browser, forgetful: str) -> None:

@@ -5,7 +5,8 @@
 
 import { watchAcross } from "./across.js";
 import { ApiError, callJson, ofGallery, onKeyNeeded } from "./api.js";
-import { choose } from "./card.js";
+import { choose, showBeside } from "./card.js";
+import { showCompare, watchCompare } from "./compare.js";
 import { $, plural } from "./elements.js";
 import { readGallery, showStrip, watchGallery } from "./gallery.js";
 import { askForKey, complain, tell } from "./messages.js";
@@ -13,7 +14,7 @@ import { neighborsOf, showNeighbors } from "./neighbors.js";
 import { layPatches, watchPatches } from "./patch.js";
 import { draw, embed, showPicture } from "./picture.js";
 import { app } from "./state.js";
-import { bitmapOf, bytesOf, nameOf, targetOf } from "./target.js";
+import { address, addressed, bitmapOf, bytesOf, nameOf, targetOf } from "./target.js";
 import { markCurrent, walk } from "./trail.js";
 import { openView, showView, viewOf } from "./views.js";
 
@@ -24,7 +25,8 @@ let turn = 0; // a reply that comes after the person went on is dropped
 async function start() {
   try {
     app.encoders = (await callJson("encoders")).encoders;
-    choose(app.encoders.find((e) => e.default) ?? app.encoders[0]);
+    const named = addressed("encoder");
+    choose(app.encoders.find((e) => e.name === named) ?? app.encoders.find((e) => e.default) ?? app.encoders[0]);
     await readGallery();
     await route();
     watchGallery(() => (app.shown && !viewOf(location.hash) ? refresh() : route()));
@@ -97,6 +99,7 @@ function show(shown) {
   $("picture-label").textContent = image ? (image.label ? `labelled ${image.label}` : "without a label") : "not in the gallery";
   showPicture(shown);
   layPatches();
+  showCompare();
   showNeighbors(found, image);
   $("add").hidden = !target.upload;
   markCurrent();
@@ -133,6 +136,12 @@ async function add(event) {
   }
 }
 
+function compareWith(name) {
+  address("beside", name);
+  showBeside();
+  showCompare();
+}
+
 /* ---- Wiring ---- */
 
 onKeyNeeded(askForKey);
@@ -145,13 +154,18 @@ $("dismiss").addEventListener("click", () => ($("notice").hidden = true));
 $("add").addEventListener("submit", add);
 watchPatches();
 watchAcross();
+watchCompare();
 $("opacity").addEventListener("input", draw);
 $("controls").addEventListener("change", draw);
 $("encoder").addEventListener("change", ({ target }) => {
-  choose(app.encoders.find(({ name }) => name === target.value));
+  const chosen = app.encoders.find(({ name }) => name === target.value);
+  address("encoder", chosen.default ? null : chosen.name);
+  choose(chosen);
   if (viewOf(location.hash)) app.shown = null; // seen anew when the person comes back to it
   else if (app.shown) refresh();
 });
+$("beside").addEventListener("change", ({ target }) => compareWith(target.value || null));
+$("beside-end").addEventListener("click", () => compareWith(null));
 $("file").addEventListener("change", ({ target }) => {
   take(target.files);
   target.value = ""; // so that the same file can be chosen again

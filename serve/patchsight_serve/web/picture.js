@@ -7,9 +7,9 @@ import { gridOf } from "./similarity.js";
 import { squareOf } from "./square.js";
 import { app } from "./state.js";
 
-export async function embed(bytes) {
-  const wanted = "attention" in app.encoder.outputs ? "embedding,attention" : "embedding";
-  const query = new URLSearchParams({ encoder: app.encoder.name, outputs: wanted });
+export async function embed(bytes, encoder = app.encoder) {
+  const wanted = "attention" in encoder.outputs ? "embedding,attention" : "embedding";
+  const query = new URLSearchParams({ encoder: encoder.name, outputs: wanted });
   const reply = await callJson(`embed?${query}`, { method: "POST", body: bytes, type: "application/octet-stream" });
   const { embedding, attention } = reply.results[0];
   const heads = attention ? unpackHeads(attention) : [];
@@ -26,23 +26,28 @@ export function showPicture({ embedding, maps, took }) {
 
 function showHeads(maps) {
   const chosen = Math.min(Math.max(chosenHead(), 0), Math.max(maps.length - 1, 0));
-  const choices = maps.map((map, i) => {
-    const name = i ? `Head ${i - 1}` : "Mean";
-    const input = el("input", { type: "radio", name: "head", value: i, checked: i === chosen });
-    const small = el("canvas", { ariaHidden: "true" });
-    paint(small, map);
-    return el("label", {}, input, small, el("span", { textContent: name }));
-  });
+  const choices = headChoices("head", maps, chosen);
   const focused = document.activeElement?.name === "head";
   $("heads").replaceChildren(...choices);
   if (focused) choices[chosen]?.querySelector("input").focus();
 }
 
+/** Radio buttons of this name, each with a small map: the mean of all heads, and each head. */
+export function headChoices(group, maps, chosen) {
+  return maps.map((map, i) => {
+    const name = i ? `Head ${i - 1}` : "Mean";
+    const input = el("input", { type: "radio", name: group, value: i, checked: i === chosen });
+    const small = el("canvas", { ariaHidden: "true" });
+    paint(small, map);
+    return el("label", {}, input, small, el("span", { textContent: name }));
+  });
+}
+
 const chosenHead = () => Number(document.querySelector("input[name=head]:checked")?.value ?? 0);
 
 /** What the encoder sees of a picture, as fractions of it. bitmap: null where the browser cannot read the picture. */
-export function squareOn(bitmap) {
-  return squareOf(bitmap?.width ?? 1, bitmap?.height ?? 1, app.encoder.manifest.transform);
+export function squareOn(bitmap, encoder = app.encoder) {
+  return squareOf(bitmap?.width ?? 1, bitmap?.height ?? 1, encoder.manifest.transform);
 }
 
 export function draw() {
