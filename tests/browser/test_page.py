@@ -1,6 +1,5 @@
 """The page in a real Chromium, against a real server with the shipped encoder and its sample gallery."""
 
-import base64
 import hashlib
 import io
 import re
@@ -10,7 +9,7 @@ import httpx
 import numpy as np
 from PIL import Image
 from playwright.sync_api import Browser, expect
-from visit import DESKTOP, PHONE, Visit, jpeg, start, wait_for_samples
+from visit import DESKTOP, PHONE, Visit, jpeg, ranks, start, unpacked, wait_for_samples
 
 
 def names(visit: Visit) -> list[str]:
@@ -48,8 +47,7 @@ def test_attention_of_each_head(visit: Visit, photo: bytes) -> None:
     visit.upload("mine.jpg", photo)
     visit.shown("mine.jpg")
     reply = httpx.post(f"{visit.url}/embed", params={"outputs": "attention"}, files={"images": photo})
-    packed = reply.json()["results"][0]["attention"]
-    maps = np.frombuffer(base64.b64decode(packed["data"]), "<f4").reshape(packed["shape"])
+    maps = unpacked(reply.json()["results"][0]["attention"])
     for i, map in enumerate([maps.mean(axis=0), *maps]):
         small = visit.pixels(f"#heads label:nth-child({i + 1}) canvas")[..., :3].astype(float)
         assert small.shape[:2] == map.shape
@@ -59,6 +57,7 @@ def test_attention_of_each_head(visit: Visit, photo: bytes) -> None:
         assert np.corrcoef(ranks(light), ranks(steps))[0, 1] > 0.98
 
     mean = visit.pixels()
+    shines_where_it_looks(visit, maps.mean(axis=0))
     page.get_by_role("radio", name="Head 1").check()
     one = visit.pixels()
     height, width = mean.shape[:2]
@@ -79,9 +78,25 @@ def test_attention_of_each_head(visit: Visit, photo: bytes) -> None:
     visit.end()
 
 
-def ranks(map: np.ndarray) -> np.ndarray:
-    """Each value's place in the order of all; equal ones stand as they come."""
-    return np.argsort(np.argsort(map.ravel(), kind="stable"))
+def shines_where_it_looks(visit: Visit, map: np.ndarray) -> None:
+    """The overlay is on the right patches of the picture, which it makes the lighter the more attention they have."""
+    page, patches = visit.page, len(map)
+    page.get_by_role("radio", name="Patches").check()
+    over = visit.pixels()[..., :3].astype(float)
+    page.get_by_label("Overlay").fill("0")
+    bare = visit.pixels()[..., :3].astype(float)
+    page.get_by_label("Overlay").fill("55")
+    page.get_by_role("radio", name="Smooth").check()
+    height, width = bare.shape[:2]
+    at = ((np.arange(patches) + 0.5) / patches * min(height, width)).astype(int)
+    places = np.ix_((height - min(height, width)) // 2 + at, (width - min(height, width)) // 2 + at)
+    over, bare = over[places] @ [0.2, 0.7, 0.1], bare[places] @ [0.2, 0.7, 0.1]
+    layer = (over - 0.45 * bare) / 0.55  # what was laid on, free of what is below it
+    assert np.corrcoef(ranks(layer), ranks(map))[0, 1] > 0.95
+    order = map.ravel().argsort()
+    lighter = (over - bare).ravel()
+    tenth = len(order) // 10
+    assert lighter[order[-tenth:]].mean() > lighter[order[:tenth]].mean() + 20
 
 
 def test_walk_from_neighbor_to_neighbor_and_back(visit: Visit, photo: bytes) -> None:

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -26,8 +27,17 @@ SAMPLES_COUNT = 200
 def start(serve: Callable[..., str], *flags: object) -> str:
     if not any(MODELS.glob("*/encoder.json")):
         pytest.skip(f"no encoder in {MODELS}")
-    quick = ("--engine", "onnxruntime")  # to try which engine is faster takes most of a start
-    return serve("--model-repository", MODELS, "--threads", 1, "--drain-delay-s", 0, *quick, *flags)
+    # One engine: to try several takes longer than the tests.
+    common = ("--model-repository", MODELS, "--threads", 1, "--drain-delay-s", 0, "--engine", "onnxruntime")
+    return serve(*common, *flags)
+
+
+def encoders_of(folder: Path, *names: str) -> list[object]:
+    """Flags of a server that has these shipped encoders alone, the first by default."""
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).symlink_to(MODELS / name)
+    return ["--model-repository", folder, "--encoder", names[0]]
 
 
 def wait_for_samples(url: str, key: str = "none") -> None:
@@ -83,6 +93,16 @@ class Visit:
         assert strangers == []
         assert [p for p in self.problems if not (allowed and re.search(allowed, p))] == []
         self.context.close()
+
+
+def unpacked(packed: dict[str, Any]) -> np.ndarray:
+    """An array as `/embed` has it in JSON."""
+    return np.frombuffer(base64.b64decode(packed["data"]), "<f4").reshape(packed["shape"])
+
+
+def ranks(map: np.ndarray) -> np.ndarray:
+    """Each value's place in the order of all; equal ones stand as they come."""
+    return np.argsort(np.argsort(map.ravel(), kind="stable"))
 
 
 def jpeg(image: Image.Image) -> bytes:

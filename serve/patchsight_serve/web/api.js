@@ -24,16 +24,17 @@ export function onKeyNeeded(ask) {
 }
 
 /**
- * A reply that went well, with `took`: milliseconds in all, and of the server's stages. Throws ApiError, Lost, and the
- * signal's reason. progress: told how many bytes of the body are sent. busy: told for how many seconds a full server
- * asks to wait; with it, it is asked again for as long as it is full.
+ * A reply that went well, with `took`: milliseconds in all, and of the server's stages. Throws ApiError, Lost; what the
+ * signal says when it is aborted, and the server ends that work. progress: told how many bytes of the body are sent.
+ * busy: told for how many seconds a full server asks to wait; with it, it is asked again for as long as it is full.
  */
-export async function call(path, { method = "GET", body, type, signal, progress, busy } = {}) {
+export async function call(path, { method = "GET", body, type, accept, signal, progress, busy } = {}) {
   for (let attempt = 0; ; attempt++) {
     const key = sessionStorage.getItem(KEY);
     const headers = {};
     if (key) headers.Authorization = `Bearer ${key}`;
     if (type) headers["Content-Type"] = type;
+    if (accept) headers.Accept = accept;
     const start = performance.now();
     const asked = (progress ? upload : fetch)(path, { method, body, headers, signal }, progress);
     const response = await asked.catch(() => null);

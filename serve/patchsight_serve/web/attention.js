@@ -91,10 +91,10 @@ function transpose(values, h, w) {
 
 /**
  * Draw a picture with a painted map over the central square that the encoder sees; the rest is faint.
- * picture: ImageBitmap, or null where the browser cannot read the format. share: the square's part of the shorter side.
+ * picture: ImageBitmap, or null where the browser cannot read the format. square: in fractions of it.
  * layer: a painted canvas, or null; smooth: without edges between its pixels.
  */
-export function compose(canvas, picture, share, { layer, opacity, smooth }) {
+export function compose(canvas, picture, square, { layer, opacity, smooth }) {
   const scale = picture ? LONGEST / Math.max(picture.width, picture.height) : 1;
   const [width, height] = picture ? [picture.width * scale, picture.height * scale].map(Math.round) : [LONGEST, LONGEST];
   canvas.width = width;
@@ -108,15 +108,14 @@ export function compose(canvas, picture, share, { layer, opacity, smooth }) {
   };
   context.imageSmoothingQuality = "high";
   draw(OUTSIDE);
-  const side = share * Math.min(width, height);
-  const [left, top] = [(width - side) / 2, (height - side) / 2];
+  const place = [square.left * width, square.top * height, square.width * width, square.height * height];
   context.beginPath();
-  context.rect(left, top, side, side);
+  context.rect(...place);
   context.clip();
   context.clearRect(0, 0, width, height);
   draw(1);
   if (!layer) return;
   context.globalAlpha = opacity;
   context.imageSmoothingEnabled = smooth;
-  context.drawImage(layer, left, top, side, side);
+  context.drawImage(layer, ...place);
 }

@@ -3,20 +3,23 @@
 // What is shown stands in the address, so every picture is a link, and the browser's way back works. Whatever comes
 // from the server is set as text.
 
+import { watchAcross } from "./across.js";
 import { ApiError, callJson, ofGallery, onKeyNeeded } from "./api.js";
 import "./bring.js";
 import "./camera.js";
-import { choose } from "./card.js";
+import { choose, showBeside } from "./card.js";
+import { showCompare, watchCompare } from "./compare.js";
 import { $, plural } from "./elements.js";
 import { onEntryChanged, showEntry } from "./entry.js";
 import { onFilled } from "./filling.js";
 import { readGallery, showStrip, watchGallery } from "./gallery.js";
 import { askForKey, complain, tell } from "./messages.js";
 import { neighborsOf, showNeighbors } from "./neighbors.js";
+import { layPatches, watchPatches } from "./patch.js";
 import { draw, embed, showPicture } from "./picture.js";
 import "./pulse.js";
 import { app } from "./state.js";
-import { bitmapOf, bytesOf, nameOf, targetOf } from "./target.js";
+import { address, addressed, bitmapOf, bytesOf, nameOf, targetOf } from "./target.js";
 import { markCurrent, walk } from "./trail.js";
 import { openView, showView, viewOf } from "./views.js";
 
@@ -27,7 +30,8 @@ let turn = 0; // a reply that comes after the person went on is dropped
 async function start() {
   try {
     app.encoders = (await callJson("encoders")).encoders;
-    choose(app.encoders.find((e) => e.default) ?? app.encoders[0]);
+    const named = addressed("encoder");
+    choose(app.encoders.find((e) => e.name === named) ?? app.encoders.find((e) => e.default) ?? app.encoders[0]);
     await readGallery();
     await route();
     watchGallery(() => (app.shown && !viewOf(location.hash) ? refresh() : route()));
@@ -69,7 +73,7 @@ async function open(target) {
       bitmapOf(target, bytes),
     ]);
     if (mine !== turn) return;
-    show({ target, bitmap, image, found, ...seen });
+    show({ target, bytes, bitmap, image, found, ...seen });
   } catch (error) {
     if (mine === turn) fail(error, target);
   } finally {
@@ -101,6 +105,8 @@ function show(shown) {
   $("picture-name").textContent = name;
   $("picture-label").textContent = image ? (image.label ? `labelled ${image.label}` : "without a label") : "not in the gallery";
   showPicture(shown);
+  layPatches();
+  showCompare();
   showNeighbors(found, image);
   if (document.activeElement === document.body && walked) $("view").focus(); // the link that it was on is gone
   $("add").hidden = !target.upload;
@@ -139,6 +145,12 @@ async function filled() {
   else await route();
 }
 
+function compareWith(name) {
+  address("beside", name);
+  showBeside();
+  showCompare();
+}
+
 /* ---- Wiring ---- */
 
 onKeyNeeded(askForKey);
@@ -162,13 +174,20 @@ document.querySelector(".skip").addEventListener("click", (event) => {
   event.preventDefault(); // the address says which view is open
   document.querySelector("main:not([hidden])").focus();
 });
+watchPatches();
+watchAcross();
+watchCompare();
 $("opacity").addEventListener("input", draw);
 $("controls").addEventListener("change", draw);
 $("encoder").addEventListener("change", ({ target }) => {
-  choose(app.encoders.find(({ name }) => name === target.value));
+  const chosen = app.encoders.find(({ name }) => name === target.value);
+  address("encoder", chosen.default ? null : chosen.name);
+  choose(chosen);
   if (viewOf(location.hash)) app.shown = null; // seen anew when the person comes back to it
   else if (app.shown) refresh();
 });
+$("beside").addEventListener("change", ({ target }) => compareWith(target.value || null));
+$("beside-end").addEventListener("click", () => compareWith(null));
 addEventListener("hashchange", route);
 
 start();

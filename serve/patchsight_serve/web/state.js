@@ -7,5 +7,5 @@ export const app = {
   gallery: { count: 0, encoder: null },
   images: [], // the first of the gallery, for samples and labels
   uploads: [], // {file, url, id}: id once it is in the gallery
-  shown: null, // {target, bitmap, maps, …} as `open` made it
+  shown: null, // {target, bytes, bitmap, maps, …} as `open` made it; `chosen` once patches of it are
 };

@@ -1,13 +1,27 @@
-// What an address names: #/image/ID is a picture of the gallery, #/upload/N one of the person's own.
+// What an address names: #/image/ID is a picture of the gallery, #/upload/N one of the person's own. What stands in
+// front of the # is kept on the way: ?encoder= that is chosen, ?beside= the one that it is compared with, ?gallery=.
 
 import { call, ofGallery } from "./api.js";
 import { app } from "./state.js";
+
+const LARGE = 2 ** 21; // bytes
 
 /** A target: `{key, upload}`, `{key, id}`, or null. */
 export function targetOf(hash) {
   const [, kind, name] = hash.match(/^#\/(image|upload)\/([\w.-]+)$/) ?? [];
   if (kind === "image") return { key: hash, id: name };
   return kind === "upload" && app.uploads[name]?.url ? { key: hash, upload: app.uploads[name] } : null;
+}
+
+/** What the address says in front of the #, under this name; null without. */
+export const addressed = (name) => new URLSearchParams(location.search).get(name);
+
+/** Have the address say that; null: nothing under this name. The page stays as it is. */
+export function address(name, value) {
+  const url = new URL(location.href);
+  if (value === null) url.searchParams.delete(name);
+  else url.searchParams.set(name, value);
+  history.replaceState(null, "", url);
 }
 
 /** The upload that became the gallery's image of this id, if it was one. */
@@ -23,6 +37,12 @@ export async function bytesOf({ upload, id }) {
     if (error.status === 404) return partOf(id, "thumbnail"); // this server keeps no originals
     throw error;
   });
+}
+
+/** A picture of the gallery to embed beside others in one request: a large one as its thumbnail. */
+export async function pictureOf(id) {
+  const bytes = await bytesOf({ id });
+  return bytes.size > LARGE ? partOf(id, "thumbnail") : bytes;
 }
 
 /** A bitmap to show. The server reads formats that a browser does not: then the thumbnail's, or null without one. */

@@ -10,7 +10,7 @@ let trail = []; // targets, from where the walk began
 /** Keep the way: a click on a neighbor goes on, one on the way goes back, anything else begins anew. */
 export function walk(target) {
   const known = trail.findIndex((step) => step.key === target.key);
-  const near = app.shown?.found.neighbors.some(({ id }) => id === target.id);
+  const near = [...(app.shown?.found.neighbors ?? []), ...(app.shown?.across ?? [])].some(({ id }) => id === target.id);
   if (known >= 0) trail.length = known + 1;
   else trail = near ? [...trail, target] : [target];
   const steps = trail.map((step) => {

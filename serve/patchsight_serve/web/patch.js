@@ -1,0 +1,132 @@
+// The patches of the picture, to choose from: by pointer, or by keyboard. What is like the chosen ones is drawn on it.
+
+import { closeAcross, offerAcross } from "./across.js";
+import { $ } from "./elements.js";
+import { complain } from "./messages.js";
+import { draw, squareOn } from "./picture.js";
+import { gridOf, likeness, tokensOf } from "./similarity.js";
+import { blockOf, patchAt, patchesIn } from "./square.js";
+import { app } from "./state.js";
+
+const MOVES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+
+let grid = null; // {h, w}, or null where there are no patches
+let cursor = [0, 0]; // [column, row]
+let anchor = null; // where a block begins that is being marked
+let drags = false;
+
+/** Lay the patches over the picture that is shown, none of them chosen. */
+export function layPatches() {
+  grid = gridOf(app.encoder);
+  [anchor, drags] = [null, false];
+  $("patches").hidden = !grid;
+  closeAcross();
+  if (!grid) return;
+  cursor = [Math.floor(grid.w / 2), Math.floor(grid.h / 2)];
+  const { width, height } = $("picture");
+  const [wide, high] = [width, height].map((side) => side / Math.max(width, height)); // of the frame, which is a square
+  const square = squareOn(app.shown.bitmap);
+  place($("patches"), (1 - wide) / 2 + square.left * wide, (1 - high) / 2 + square.top * high, square.width * wide, square.height * high);
+  mark($("patch-chosen"), null);
+  mark($("patch-cursor"), document.activeElement === $("patches") ? blockOf(cursor, cursor) : null);
+}
+
+export function watchPatches() {
+  const patches = $("patches");
+  patches.addEventListener("pointerdown", (event) => {
+    if (!event.isPrimary || event.button) return;
+    patches.setPointerCapture(event.pointerId);
+    [cursor, drags] = [under(event), true];
+    anchor = cursor;
+    mark($("patch-cursor"), marked());
+  });
+  patches.addEventListener("pointermove", (event) => {
+    cursor = under(event);
+    mark($("patch-cursor"), marked());
+  });
+  patches.addEventListener("pointerup", () => drags && choose(marked()));
+  patches.addEventListener("pointercancel", rest); // the finger scrolls the page
+  patches.addEventListener("pointerleave", rest);
+  patches.addEventListener("focus", () => mark($("patch-cursor"), marked()));
+  patches.addEventListener("blur", rest);
+  patches.addEventListener("keydown", onKey);
+  $("patch-back").addEventListener("click", leave);
+}
+
+const marked = () => blockOf(anchor ?? cursor, cursor);
+
+/** No block is being marked any more. */
+function rest() {
+  [anchor, drags] = [null, false];
+  if (document.activeElement !== $("patches")) mark($("patch-cursor"), null);
+}
+
+function under({ clientX, clientY }) {
+  const { left, top, width, height } = $("patches").getBoundingClientRect();
+  return patchAt((clientX - left) / width, (clientY - top) / height, grid);
+}
+
+function onKey(event) {
+  if (event.key in MOVES) {
+    const [across, down] = MOVES[event.key];
+    anchor = event.shiftKey ? (anchor ?? cursor) : null;
+    cursor = patchAt((cursor[0] + across + 0.5) / grid.w, (cursor[1] + down + 0.5) / grid.h, grid);
+    mark($("patch-cursor"), marked());
+    tell();
+  } else if (event.key === "Enter" || event.key === " ") choose(marked());
+  else if (event.key === "Escape" && app.shown.chosen) leave();
+  else return;
+  event.preventDefault();
+}
+
+/** Say where the cursor is, and how alike that is. */
+function tell() {
+  const [column, row] = cursor;
+  const alike = app.shown.chosen?.map.values[row * grid.w + column];
+  const how = alike === undefined ? "" : `: ${alike.toFixed(2)}`;
+  $("status").textContent = `Row ${row + 1}, column ${column + 1}${how}`;
+}
+
+async function choose(block) {
+  const { shown } = app;
+  rest();
+  mark($("patch-chosen"), block);
+  closeAcross();
+  try {
+    shown.tokens ??= tokensOf(shown.bytes);
+    const tokens = await shown.tokens;
+    if (shown !== app.shown) return;
+    shown.chosen = { block, grid, map: likeness(tokens, block) };
+    draw();
+    offerAcross();
+    const count = patchesIn(block, grid).length;
+    $("status").textContent = `Chosen: ${count === 1 ? "one patch" : `${count} patches`}. What is like it is bright.`;
+  } catch (error) {
+    shown.tokens = null; // the next click asks again
+    if (shown !== app.shown) return;
+    mark($("patch-chosen"), shown.chosen?.block ?? null);
+    complain(error, () => choose(block));
+  }
+}
+
+/** Back to the attention. */
+function leave() {
+  app.shown.chosen = null;
+  closeAcross();
+  mark($("patch-chosen"), null);
+  draw();
+  $("patches").focus();
+}
+
+/** Put a frame around a block; null: none. */
+function mark(frame, block) {
+  frame.hidden = !block;
+  if (!block) return;
+  const { left, top, right, bottom } = block;
+  place(frame, left / grid.w, top / grid.h, (right - left) / grid.w, (bottom - top) / grid.h);
+}
+
+/** Fractions of what the node lies in. */
+function place(node, left, top, width, height) {
+  for (const [name, share] of Object.entries({ left, top, width, height })) node.style[name] = `${100 * share}%`;
+}
