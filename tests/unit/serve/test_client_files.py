@@ -169,7 +169,7 @@ def test_what_is_wrong_with_a_file_names_it(kind: Any, tmp_path: Path) -> None:
         assert client.restore(damaged, gallery="new", skip_damaged=True)["left_out"] == ["3"]
 
 
-async def breaks_off(scope: Any, receive: Any, send: Any) -> None:
+async def breaks_off(_: Any, receive: Any, send: Any) -> None:
     while (await receive()).get("more_body"):
         pass
     headers = [(b"content-length", b"100"), (b"content-type", b"application/vnd.sqlite3")]
@@ -217,7 +217,7 @@ def test_a_disk_that_is_full_leaves_what_was_there(kind: Any, tmp_path: Path, mo
 
 @both
 def test_what_comes_in_place_of_a_file_is_not_kept(kind: Any, tmp_path: Path) -> None:
-    async def login(scope: Any, receive: Any, send: Any) -> None:
+    async def login(_: Any, __: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/html")]})
         await send({"type": "http.response.body", "body": b"<form>"})
 
@@ -232,14 +232,14 @@ def test_what_comes_in_place_of_a_file_is_not_kept(kind: Any, tmp_path: Path) ->
 def test_a_large_file_is_never_in_memory_as_a_whole(kind: Any, tmp_path: Path) -> None:
     count, seen = 32, 0
 
-    async def sends(scope: Any, receive: Any, send: Any) -> None:
+    async def sends(_: Any, __: Any, send: Any) -> None:
         headers = [(b"content-type", b"application/vnd.sqlite3")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         for i in range(count):
             await send({"type": "http.response.body", "body": bytes([i]) * MIB, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
-    async def takes(scope: Any, receive: Any, send: Any) -> None:
+    async def takes(_: Any, receive: Any, send: Any) -> None:
         nonlocal seen
         more = True
         while more:
