@@ -4,7 +4,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv || echo .uv/bin/uv)
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: serve triton test check acceptance bench api lock clean
+.PHONY: serve triton test check acceptance bench api dashboard lock clean
 
 serve: .serve-venv/.built ## the server with the shipped encoders and a sample gallery, on http://127.0.0.1:8000
 	.serve-venv/bin/patchsight-serve
@@ -30,6 +30,9 @@ bench: .venv/.built .triton-venv/.built ## each figure of the README, into bench
 
 api: .venv/.built ## docs/openapi.json and docs/curl.md, from the routes as they are
 	.venv/bin/python docs/write_api.py
+
+dashboard: ## deploy/grafana/dashboard.json
+	$(PYTHON) deploy/grafana/write_dashboard.py
 
 lock: $(UV) ## resolve anew: one lock for every extra
 	$(UV) pip compile --quiet --upgrade --universal --generate-hashes --all-extras --group test -p 3.11 \

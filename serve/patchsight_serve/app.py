@@ -98,6 +98,8 @@ def create_app(
     app.state.service = service
     app.state.reloader = Reloader(service, source)
     app.state.galleries = _galleries(settings)
+    if isinstance(app.state.galleries, EmbeddedGalleries):
+        service.metrics.watch_galleries(app.state.galleries.held, settings.state_dir.absolute())
     app.state.surveys = Surveys()
     app.state.region_searches = RegionSearches(service)
     app.state.long_work = LongWork()

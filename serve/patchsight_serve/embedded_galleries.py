@@ -36,6 +36,11 @@ class EmbeddedGalleries(Galleries):
     def names(self) -> list[str]:
         return sorted(path.parent.name for path in self._folder.glob(f"*/{FILE}"))
 
+    def held(self) -> tuple[int, int]:
+        """How many are open, and how many images they have."""
+        galleries = list(self._open.values())
+        return len(galleries), sum(len(gallery) for gallery in galleries)
+
     def exists(self, name: str) -> bool:
         return (self._folder / check_gallery(name) / FILE).is_file()
 
