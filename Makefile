@@ -4,7 +4,7 @@ PYTHON ?= python3
 UV := $(shell command -v uv || echo .uv/bin/uv)
 export UV_PYTHON_DOWNLOADS := never
 
-.PHONY: serve triton test check acceptance bench docs lock clean
+.PHONY: serve triton test check acceptance bench docs api dashboard lock clean
 
 serve: .serve-venv/.built ## the server with the shipped encoders and a sample gallery, on http://127.0.0.1:8000
 	.serve-venv/bin/patchsight-serve
@@ -31,6 +31,12 @@ bench: .venv/.built .triton-venv/.built ## each figure of the README, into bench
 docs: .venv/.built ## README aside, all that there is to read, as pages in site/; nothing in them asks the network for anything
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --site-dir site
 	@echo "open site/index.html, or, for the search to work: $(PYTHON) -m http.server -d site 8080"
+
+api: .venv/.built ## docs/openapi.json and docs/curl.md, from the routes as they are
+	.venv/bin/python docs/write_api.py
+
+dashboard: ## deploy/grafana/dashboard.json
+	$(PYTHON) deploy/grafana/write_dashboard.py
 
 lock: $(UV) ## resolve anew: one lock for every extra
 	$(UV) pip compile --quiet --upgrade --universal --generate-hashes --all-extras --group test -p 3.11 \

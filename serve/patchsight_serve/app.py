@@ -4,7 +4,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -29,6 +28,7 @@ from patchsight_serve import (
     status,
     whole_gallery,
 )
+from patchsight_serve.api_schema import document
 from patchsight_serve.auth import BearerAuth
 from patchsight_serve.bodies import BodyLimits
 from patchsight_serve.collection import Galleries, NoGalleries
@@ -99,6 +99,8 @@ def create_app(
     app.state.service = service
     app.state.reloader = Reloader(service, source)
     app.state.galleries = _galleries(settings)
+    if isinstance(app.state.galleries, EmbeddedGalleries):
+        service.metrics.watch_galleries(app.state.galleries.held, settings.state_dir.absolute())
     app.state.surveys = Surveys()
     app.state.maps = gallery_map.Maps()
     app.state.region_searches = RegionSearches(service)
@@ -116,7 +118,7 @@ def create_app(
     app.include_router(status.router())
     app.include_router(page.router())
     app.mount("/static", page.PageFiles(), name="static")
-    _document_key(app)
+    document(app)
     return app
 
 
@@ -205,16 +207,3 @@ async def _on_http_error(_: Request, error: Exception) -> Response:
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     body = {"code": code, "message": str(error.detail), "param": None}
     return ErrorResponse(body, error.status_code, error.headers)
-
-
-def _document_key(app: FastAPI) -> None:
-    """Tell OpenAPI of the API key, which the middleware checks, so that the page offers a field for it."""
-    generate = app.openapi
-
-    def with_key() -> dict[str, Any]:
-        schema = generate()
-        schema.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        schema["security"] = [{}, {"key": []}]
-        return schema
-
-    app.openapi = with_key  # type: ignore[method-assign]

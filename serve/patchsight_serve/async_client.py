@@ -9,7 +9,8 @@ from typing import Any, Self, TypeVar, Unpack
 
 import httpx
 
-from patchsight_serve.client_gallery import GalleryConversation, New
+from patchsight_serve.client_files import send_in_loop
+from patchsight_serve.client_gallery import PARQUET, SQLITE, File, GalleryConversation, New
 from patchsight_serve.client_images import Picture
 from patchsight_serve.client_protocol import Options, Row
 from patchsight_serve.client_steps import Call, Step, Steps, Work
@@ -141,6 +142,30 @@ class AsyncClient:
         """As `Client.map`."""
         return await self._run(self._talk.map(query))
 
+    async def backup(self, to: File, **query: object) -> None:
+        """As `Client.backup`."""
+        await self._run(self._talk.download("/gallery/backup", SQLITE, to, query))
+
+    async def restore(self, file: File, **query: object) -> dict[str, Any]:
+        """As `Client.restore`."""
+        return await self._run(self._talk.upload("/gallery/restore", file, query, repeatable=False))
+
+    async def export(self, to: File, **query: object) -> None:
+        """As `Client.export`."""
+        await self._run(self._talk.download("/gallery/export", PARQUET, to, query))
+
+    async def import_file(self, file: File, **query: object) -> dict[str, Any]:
+        """As `Client.import_file`."""
+        return await self._run(self._talk.upload("/gallery/import", file, query, repeatable=True))
+
+    async def reembed(self, encoder: str, **query: object) -> dict[str, Any]:
+        """As `Client.reembed`."""
+        return await self._run(self._talk.reembed(encoder, query))
+
+    async def remove_gallery(self, **query: object) -> None:
+        """As `Client.remove_gallery`."""
+        await self._run(self._talk.remove(query))
+
     async def close(self) -> None:
         """Close the connections."""
         await self._http.aclose()
@@ -175,7 +200,7 @@ class AsyncClient:
 
     async def _do(self, step: Step) -> object:
         if isinstance(step, Call):
-            return await self._http.request(**step.arguments())
+            return await send_in_loop(self._http, step)
         if isinstance(step, Work):
             return await asyncio.to_thread(step.do)
         await asyncio.sleep(step.seconds)

@@ -10,7 +10,8 @@ from typing import Any, Self, TypeVar, Unpack
 import httpx
 
 from patchsight_serve.async_client import AsyncClient
-from patchsight_serve.client_gallery import GalleryConversation, New
+from patchsight_serve.client_files import send
+from patchsight_serve.client_gallery import PARQUET, SQLITE, File, GalleryConversation, New
 from patchsight_serve.client_images import Picture
 from patchsight_serve.client_protocol import Options, Row
 from patchsight_serve.client_steps import Call, Step, Steps, Wait, Work
@@ -174,6 +175,38 @@ class Client:
         """
         return self._run(self._talk.map(query))
 
+    def backup(self, to: File, **query: object) -> None:
+        """A gallery, `gallery=`, with its pictures, as an SQLite file, which appears whole or not at all; so does that
+        of `export`. Both take longer than the usual `timeout_s` of a big gallery. Raises NotFound."""
+        self._run(self._talk.download("/gallery/backup", SQLITE, to, query))
+
+    def restore(self, file: File, **query: object) -> dict[str, Any]:
+        """A gallery from its backup; what `POST /gallery/restore` tells of it.
+
+        query: `gallery`, `replace`, `skip_damaged`. Raises Conflict (the name is taken), DamagedFile, InvalidRequest.
+        """
+        return self._run(self._talk.upload("/gallery/restore", file, query, repeatable=False))
+
+    def export(self, to: File, **query: object) -> None:
+        """The vectors of a gallery, `gallery=`, and what is said about them, as a Parquet file. Raises NotFound."""
+        self._run(self._talk.download("/gallery/export", PARQUET, to, query))
+
+    def import_file(self, file: File, **query: object) -> dict[str, Any]:
+        """Add the vectors of a Parquet file of `export` or of `patchsight-embed`; what `POST /gallery/import` tells.
+
+        query: `gallery`, `replace`. Raises Conflict (of another encoder, another image under an id), InvalidRequest.
+        """
+        return self._run(self._talk.upload("/gallery/import", file, query, repeatable=True))
+
+    def reembed(self, encoder: str, **query: object) -> dict[str, Any]:
+        """Have another encoder embed a gallery, `gallery=`, in the background; how far it is, as `gallery` tells under
+        `reembedding` until it is done. Raises NotFound, Conflict."""
+        return self._run(self._talk.reembed(encoder, query))
+
+    def remove_gallery(self, **query: object) -> None:
+        """Remove a gallery, `gallery=`, with its images; the default one is emptied. Raises NotFound."""
+        self._run(self._talk.remove(query))
+
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
@@ -206,5 +239,5 @@ class Client:
         if left.wait(step.seconds if isinstance(step, Wait) else 0):
             raise CancelledError  # nobody waits for the result any more
         if isinstance(step, Call):
-            return self._http.request(**step.arguments())
+            return send(self._http, step)
         return step.do() if isinstance(step, Work) else None

@@ -1,18 +1,23 @@
 """What a client says to a server about its galleries: as `client_protocol`, without a socket."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
 
+from patchsight_serve.client_files import check_source, check_target
 from patchsight_serve.client_images import Picture, cut, weight
 from patchsight_serve.client_protocol import Conversation, encoded_all, good
-from patchsight_serve.client_steps import JSON, Call, Steps, named
-from patchsight_serve.errors import InvalidRequest, PatchsightError, TooLarge
+from patchsight_serve.client_steps import JSON, Call, Steps, Work, named
+from patchsight_serve.errors import DamagedFile, InvalidRequest, PatchsightError, TooLarge
 from patchsight_serve.group import Cluster, GalleryMap, Group, LabelCount, Member, Typical
 from patchsight_serve.item import Added, Neighbor, RegionNeighbor
 
+SQLITE, PARQUET = "application/vnd.sqlite3", "application/vnd.apache.parquet"
+File = str | os.PathLike[str]
 New = tuple[Picture, Mapping[str, Any]]  # for a gallery, with `id`, `label` and `metadata`, as far as it has them
 
 
@@ -120,6 +125,35 @@ class GalleryConversation(Conversation):
         positions = np.array([found["xs"], found["ys"]], np.float32).T
         state = found["umap"]["state"]
         return GalleryMap(found["method"], state, found["images"], found["ids"], found["labels"], positions)
+
+    def download(self, path: str, kind: str, to: File, query: Mapping[str, object]) -> Steps[None]:
+        """A gallery as a file of that kind."""
+        target = Path(to)
+        yield Work(lambda: check_target(target))
+        yield from self._ask(Call("GET", path, _said(query), kind, to=target))
+
+    def upload(self, path: str, file: File, query: Mapping[str, object], repeatable: bool) -> Steps[dict[str, Any]]:
+        """A file to a gallery: what the server tells of it. Errors that are about the file name it."""
+        source = Path(file)
+        size: int = yield Work(lambda: check_source(source))
+        call = Call("POST", path, _said(query), body=source, size=size, repeatable=repeatable)
+        try:
+            told: dict[str, Any] = (yield from self._ask(call)).json()
+        except (InvalidRequest, TooLarge, DamagedFile) as error:
+            error.message = f"{source}: {error.message}"
+            error.args = (error.message,)
+            raise
+        return told
+
+    def remove(self, query: Mapping[str, object]) -> Steps[None]:
+        """A whole gallery."""
+        yield from self._ask(Call("DELETE", "/gallery", _said(query), repeatable=False))
+
+    def reembed(self, encoder: str, query: Mapping[str, object]) -> Steps[dict[str, Any]]:
+        """What `POST /gallery/reembed` tells."""
+        call = Call("POST", "/gallery/reembed", _said({**query, "encoder": encoder}), repeatable=False)
+        told: dict[str, Any] = (yield from self._ask(call)).json()
+        return told
 
 
 def _said(query: Mapping[str, object]) -> dict[str, str | list[str]]:

@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
@@ -12,7 +13,7 @@ from patchsight_serve import errors
 from patchsight_serve.errors import DeadlineExceeded, NotReady, Overloaded, PatchsightError
 
 T = TypeVar("T")
-JSON, NPY = "application/json", "application/x-npy"
+JSON, NPY, RAW = "application/json", "application/x-npy", "application/octet-stream"
 LONGEST_WAIT_S = 60
 JITTER = 0.25  # of the wait, at most, on top of it: clients that were refused together must not come back together
 
@@ -31,11 +32,17 @@ class Call:
     accept: str = JSON
     images: Sequence[bytes] = ()
     fields: Mapping[str, str] = field(default_factory=dict)  # of the form, beside the images
+    body: Path | None = None  # in place of images, of `size` bytes
+    size: int = 0
+    to: Path | None = None  # where a good reply's body goes, which is of type `accept`
+    repeatable: bool = True  # asking twice does what asking once does
 
     def arguments(self) -> dict[str, Any]:
-        """For httpx's `request`."""
-        files = [("images", (f"{i}", data, "application/octet-stream")) for i, data in enumerate(self.images)]
+        """For httpx's `request`, but for the body that is a file."""
+        files = [("images", (f"{i}", data, RAW)) for i, data in enumerate(self.images)]
         headers = {"Accept": self.accept}
+        if self.body is not None:
+            headers |= {"Content-Type": RAW, "Content-Length": str(self.size)}
         return {
             "method": self.method, "url": self.path, "params": self.query, "headers": headers, "files": files or None,
             "data": self.fields or None,
@@ -63,7 +70,7 @@ Steps = Generator[Step, Any, T]
 def ask(call: Call, url: str, patience_s: float, outage_s: float = 0.0) -> Steps[httpx.Response]:
     """A good reply. Repeats a call while the server is busy, for as long as `patience_s`; and once each if it is
     not ready or the connection breaks, or for as long as `outage_s`, and then after a deadline that passed, too.
-    Nothing that is asked here does more when it is asked twice.
+    After a break nobody knows whether a call was heard: one that is not `repeatable` is then given up.
 
     Raises the server's error, PatchsightError if it cannot be reached.
     """
@@ -76,7 +83,8 @@ def ask(call: Call, url: str, patience_s: float, outage_s: float = 0.0) -> Steps
         except httpx.HTTPError as error:
             broken = isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError)
             lasting = "connection" in excused and time.monotonic() >= outage
-            if not broken or lasting:
+            heard = not (call.repeatable or isinstance(error, httpx.ConnectError))
+            if not broken or lasting or heard:
                 raise PatchsightError(f"{url}: {str(error) or type(error).__name__}") from error
             wait = 1.0 if "connection" in excused else 0.2
             excused.add("connection")

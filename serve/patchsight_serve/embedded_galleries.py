@@ -48,6 +48,11 @@ class EmbeddedGalleries(Galleries):
                     return Outline(name, count, encoder) if self.exists(name) else None
         return Outline(name, len(gallery), gallery.encoder)
 
+    def held(self) -> tuple[int, int]:
+        """How many are open, and how many images they have."""
+        galleries = list(self._open.values())
+        return len(galleries), sum(len(gallery) for gallery in galleries)
+
     def exists(self, name: str) -> bool:
         return (self._folder / check_gallery(name) / FILE).is_file()
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Annotated, Any, TypeVar
 
 import orjson
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Path, Query, Request
 from starlette.responses import Response
 
 from patchsight_serve.bodies import media_type, parse_json, read_body, read_images, read_multipart
@@ -26,6 +26,7 @@ GalleryQuery = Annotated[str, Query(alias="gallery", description="name of the ga
 EncoderQuery = Annotated[
     str | None, Query(description="name of the encoder; by default the one that the gallery is bound to")
 ]
+IdPath = Annotated[str, Path(description="of an image in the gallery")]
 _ERRORS: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorReply, "description": "Unknown gallery or id."},
     409: {"model": ErrorReply, "description": "Other bytes under this id, or a gallery of another encoder."},
@@ -36,7 +37,11 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 def router() -> APIRouter:
     """All routes below `/gallery`."""
     routes = APIRouter(tags=["gallery"])
-    routes.get("/gallery", summary="The gallery as a whole", responses={200: {"model": GalleryInfo}})(info)
+    routes.get(
+        "/gallery",
+        summary="The gallery as a whole",
+        responses={200: {"model": GalleryInfo}, 404: {"model": ErrorReply, "description": "Unknown gallery."}},
+    )(info)
     routes.post(
         "/gallery/images",
         summary="Add images",
@@ -139,13 +144,13 @@ async def page(
     return json_reply({"images": [asdict(image) for image in images], "next_cursor": after})
 
 
-async def get(request: Request, id: str, gallery_name: GalleryQuery = DEFAULT) -> Response:
+async def get(request: Request, id: IdPath, gallery_name: GalleryQuery = DEFAULT) -> Response:
     """An image's label, metadata and sha256."""
     gallery = await asyncio.to_thread(request.app.state.galleries.get, gallery_name)
     return json_reply(asdict(await asyncio.to_thread(gallery.get, id)))
 
 
-async def patch(request: Request, id: str, gallery_name: GalleryQuery = DEFAULT) -> Response:
+async def patch(request: Request, id: IdPath, gallery_name: GalleryQuery = DEFAULT) -> Response:
     """What the body does not name stays; a label of null removes it; metadata is replaced as a whole."""
     content = parse_json(await read_body(request, request.app.state.service.body_limits))
     if not isinstance(content, dict) or set(content) - {"label", "metadata"}:
@@ -154,19 +159,19 @@ async def patch(request: Request, id: str, gallery_name: GalleryQuery = DEFAULT)
     return json_reply(asdict(await _write(request, gallery_name, lambda gallery: gallery.patch(id, changes))))
 
 
-async def delete(request: Request, id: str, gallery_name: GalleryQuery = DEFAULT) -> Response:
+async def delete(request: Request, id: IdPath, gallery_name: GalleryQuery = DEFAULT) -> Response:
     """Remove an image for good."""
     await _write(request, gallery_name, lambda gallery: gallery.delete(id))
     return Response(status_code=204)
 
 
-async def thumbnail(request: Request, id: str, gallery_name: GalleryQuery = DEFAULT) -> Response:
+async def thumbnail(request: Request, id: IdPath, gallery_name: GalleryQuery = DEFAULT) -> Response:
     """At most 160 pixels wide and high."""
     gallery = await asyncio.to_thread(request.app.state.galleries.get, gallery_name)
     return Response(await asyncio.to_thread(gallery.thumbnail, id), media_type="image/jpeg")
 
 
-async def original(request: Request, id: str, gallery_name: GalleryQuery = DEFAULT) -> Response:
+async def original(request: Request, id: IdPath, gallery_name: GalleryQuery = DEFAULT) -> Response:
     """Its bytes. What browsers do not show comes as a download; 404 if the server keeps no originals."""
     gallery = await asyncio.to_thread(request.app.state.galleries.get, gallery_name)
     return image_reply(await asyncio.to_thread(gallery.original, id))

@@ -162,6 +162,7 @@ ADD_BODY: dict[str, Any] = {
                     "items": {
                         "type": "string",
                         "description": 'JSON, one object per image: [{"id", "label", "metadata"}, …], each optional',
+                        "examples": ['[{"id": "shoes-1", "label": "shoes", "metadata": {"year": 2010}}]'],
                     },
                 },
             }

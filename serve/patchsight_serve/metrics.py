@@ -1,6 +1,8 @@
 """What Prometheus may ask. One registry per application, so that two in one process do not collide."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
@@ -70,6 +72,22 @@ class Metrics:
         """Report it no more."""
         self.queued.remove(encoder)
 
+    def watch_galleries(self, held: Callable[[], tuple[int, int]], folder: Path) -> None:
+        """Report how many galleries are open and how many images they have, by `held()`, and the space that is left
+        where they are kept."""
+        told = {
+            "open_galleries": ("Galleries that have been asked for since the start.", lambda: held()[0]),
+            "gallery_images": ("Images in them.", lambda: held()[1]),
+            "free_bytes": ("Space left on the disk of the galleries.", lambda: _free(folder)),
+        }
+        for name, (text, number) in told.items():
+            Gauge(f"patchsight_{name}", text, registry=self.registry).set_function(number)
+
     def text(self) -> bytes:
         """All of it, of all processes, in Prometheus' text format."""
         return generate_latest(self.registry) if self.sisters is None else self.sisters.text()
+
+
+def _free(folder: Path) -> float:
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(there).free

@@ -79,7 +79,7 @@ _BODY: dict[str, Any] = {
                     "user": {"type": ["string", "null"], "description": "ignored"},
                 },
             },
-            "example": {"input": f"data:image/png;base64,{PIXEL}", "model": "name of an encoder"},
+            "example": {"input": f"data:image/png;base64,{PIXEL}", "model": "simclr-vit-tiny-photos"},
         }
     },
 }

@@ -1,9 +1,10 @@
 """What the server says about itself: its encoders, whether it is well, and its metrics."""
 
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Path, Request
+from pydantic import BaseModel
 from starlette.responses import Response
 
 from patchsight_serve.encoder import Described
@@ -13,23 +14,43 @@ from patchsight_serve.schemas import EncoderInfo, EncoderList, ErrorReply
 from patchsight_serve.service import Service
 
 
+class Alive(BaseModel):
+    """The process answers."""
+
+    status: Literal["alive"]
+
+
+class Ready(BaseModel):
+    """Every encoder runs."""
+
+    status: Literal["ready"]
+
+
 def router() -> APIRouter:
     """All routes that take nothing and change nothing."""
     routes = APIRouter()
     routes.get("/encoders", tags=["encoders"], summary="List the encoders", responses={200: {"model": EncoderList}})(
         encoders
     )
-    routes.get("/encoders/{name}", tags=["encoders"], summary="One encoder", responses={200: {"model": EncoderInfo}})(
-        encoder
-    )
+    routes.get(
+        "/encoders/{name}",
+        tags=["encoders"],
+        summary="One encoder",
+        responses={200: {"model": EncoderInfo}, 404: {"model": ErrorReply, "description": "Unknown encoder."}},
+    )(encoder)
     no_key: dict[str, Any] = {"security": []}
-    routes.get("/livez", tags=["health"], summary="Alive", openapi_extra=no_key)(livez)
+    routes.get("/livez", tags=["health"], summary="Alive", openapi_extra=no_key, responses={200: {"model": Alive}})(
+        livez
+    )
     routes.get(
         "/readyz",
         tags=["health"],
         summary="Able to answer",
         openapi_extra=no_key,
-        responses={503: {"model": ErrorReply, "description": "Not able to answer right now."}},
+        responses={
+            200: {"model": Ready},
+            503: {"model": ErrorReply, "description": "Not able to answer right now."},
+        },
     )(readyz)
     routes.get(
         "/metrics",
@@ -47,7 +68,7 @@ async def encoders(request: Request) -> Response:
     return json_reply({"encoders": [_info(e, service) for e in service.loaded.values()], "failed": service.failed})
 
 
-async def encoder(request: Request, name: str) -> Response:
+async def encoder(request: Request, name: Annotated[str, Path(description="name of an encoder")]) -> Response:
     """One encoder, with its manifest."""
     service: Service = request.app.state.service
     return json_reply(_info(service.encoder(name), service))

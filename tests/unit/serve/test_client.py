@@ -2,7 +2,6 @@
 asked raw for one image after the other."""
 
 import asyncio
-import inspect
 import io
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from in_loop import both
 from on_socket import on_socket
 from PIL import Image
 
@@ -44,45 +44,6 @@ from patchsight_serve.sample_gallery import SAMPLES
 from patchsight_serve.settings import ServeSettings
 
 CUT = -1  # an answer that breaks off
-
-
-class InLoop:
-    """`AsyncClient` with the face of `Client`, so that one test asks both."""
-
-    def __init__(self, url: str, key: str | None = None, **options: Any) -> None:
-        self.runner = asyncio.Runner()
-        self._talk = None
-        try:
-            self.client = AsyncClient(url, key, **options)
-            self.runner.run(self.client.__aenter__())
-        except BaseException:
-            self.runner.close()
-            raise
-        self._talk = self.client._talk
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self.client, name)
-        if not callable(value):
-            return value
-
-        async def all_of(results: Any) -> list[Any]:
-            return [result async for result in results]
-
-        def asked(*args: Any, **query: Any) -> Any:
-            called = value(*args, **query)
-            return self.runner.run(called if inspect.iscoroutine(called) else all_of(called))
-
-        return asked
-
-    def __enter__(self) -> "InLoop":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.runner.run(self.client.close())
-        self.runner.close()
-
-
-both = pytest.mark.parametrize("kind", [Client, InLoop])
 
 
 def test_both_clients_can_do_the_same() -> None:

@@ -1,0 +1,235 @@
+"""What deploy/ and the Dockerfile say, as far as it can be done without a container engine: a real Prometheus watches a
+real server on a real Triton, and every panel has something to show; the alerts; what the image is built by."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from triton_process import ENVIRONMENT, TritonProcess, free_port
+
+from patchsight_serve.dataset import read_dataset
+from patchsight_serve.sample_gallery import SAMPLES
+from patchsight_serve.triton_models import write_triton_models
+
+ROOT = Path(__file__).resolve().parents[2]
+DEPLOY = ROOT / "deploy"
+KEY = "right"
+LOAD_S = 60
+WINDOW = "30s"  # of the panels' rates
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture(scope="module")
+def tools() -> None:
+    """Debian's Prometheus, with promtool. The service that its package would start is not wanted."""
+    if shutil.which("prometheus") is None:
+        here = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
+        subprocess.run(["apt-get", "update", "-qq"], check=True)
+        install = ["apt-get", "install", "-qq", "-y", "--no-install-recommends", "prometheus"]
+        subprocess.run(install, check=True, env=here, stdout=subprocess.DEVNULL)
+
+
+def test_alerts(tools: None) -> None:  # noqa: ARG001
+    for line in (["check", "rules", "alerts.yml"], ["test", "rules", "alerts_test.yml"]):
+        done = subprocess.run(["promtool", *line], cwd=DEPLOY, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    alerts = {
+        rule["alert"]
+        for group in yaml.safe_load((DEPLOY / "alerts.yml").read_text())["groups"]
+        for rule in group["rules"]
+    }
+    tests = yaml.safe_load((DEPLOY / "alerts_test.yml").read_text())["tests"]
+    fired = {case["alertname"] for test in tests for case in test["alert_rule_test"] if case.get("exp_alerts")}
+    assert fired == alerts  # each is seen to fire
+
+
+def test_the_unit_is_one_for_systemd(tmp_path: Path) -> None:
+    unit = tmp_path / "patchsight.service"
+    unit.write_text(
+        (DEPLOY / "patchsight.service").read_text().replace("/opt/patchsight/bin/patchsight-serve", "/bin/true")
+    )
+    done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.fixture(scope="module")
+def triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonProcess]:
+    if not any(ENVIRONMENT.glob("lib/python*/site-packages/pytriton")):
+        pytest.skip(f"no Triton in {ENVIRONMENT}: `make .triton-venv/.built` installs it, on x86-64 Linux")
+    folder = tmp_path_factory.mktemp("triton")
+    write_triton_models([ROOT / "model_repository" / "dino-vit-cifar10"], folder / "models", "python")
+    server = TritonProcess(folder / "models", folder / "log")
+    server.start()
+    yield server
+    assert server.stop() == 0
+
+
+@pytest.fixture
+def prometheus(tools: None, tmp_path: Path) -> Iterator[Callable[[dict[str, str]], str]]:
+    """`prometheus(targets)`: a running one's URL, by deploy/prometheus.yml with other targets by job, and our key."""
+    running: list[subprocess.Popen[bytes]] = []
+
+    def start(targets: dict[str, str]) -> str:
+        config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
+        jobs = {job["job_name"]: job for job in config["scrape_configs"]}
+        assert set(jobs) == set(targets)
+        for name, target in targets.items():
+            jobs[name]["static_configs"] = [{"targets": [target]}]
+        (tmp_path / "key").write_text(f"{KEY}\n")
+        jobs["patchsight"]["authorization"]["credentials_file"] = str(tmp_path / "key")
+        (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config))
+        shutil.copy(DEPLOY / "alerts.yml", tmp_path)
+        port = free_port()
+        line = ["prometheus", f"--config.file={tmp_path / 'prometheus.yml'}", f"--storage.tsdb.path={tmp_path / 'tsdb'}",
+                f"--web.listen-address=127.0.0.1:{port}"]  # fmt: skip
+        with (tmp_path / "prometheus.log").open("wb") as log:
+            running.append(subprocess.Popen(line, stdout=log, stderr=log))
+        return f"http://127.0.0.1:{port}"
+
+    yield start
+    for process in running:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+
+
+def load(url: str, seconds: float) -> None:
+    """A little of everything: good images, equal ones, bad ones, unknown galleries, more than is taken at once."""
+    samples = read_dataset(SAMPLES)
+    end = time.monotonic() + seconds
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with httpx.Client(base_url=url, headers=headers, timeout=60) as http:
+        turn = 0
+        while time.monotonic() < end:
+            photo = samples.read(turn % 200)
+            http.post("/gallery/images", content=photo)
+            http.post("/embed", files=[("images", photo), ("images", photo)])
+            http.post("/attention", content=photo)
+            http.post("/neighbors", content=photo)
+            http.post("/embed", content=b"no image")
+            http.get("/gallery", params={"gallery": "none"})
+            http.get("/readyz")
+            turn += 1
+
+
+def answered(prometheus: str, query: str) -> list[float]:
+    reply = httpx.get(f"{prometheus}/api/v1/query", params={"query": query})
+    assert reply.status_code == 200, (query, reply.text)
+    return [float(series["value"][1]) for series in reply.json()["data"]["result"]]
+
+
+def test_every_panel_has_something_to_show(
+    triton: TritonProcess,
+    serve: Callable[..., str],
+    prometheus: Callable[[dict[str, str]], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "patchsight.toml").write_text(f'[serve]\napi_keys = "{KEY}"\n')
+    url = serve("--triton", triton.address, "--no-sample-gallery")
+    targets = {"patchsight": url.removeprefix("http://"), "triton": f"127.0.0.1:{triton.ports[2]}"}
+    watch = prometheus(targets)
+    load(url, LOAD_S)
+    assert answered(watch, "up") == [1, 1]
+    dashboard = json.loads((DEPLOY / "grafana" / "dashboard.json").read_text())
+    empty, count = [], 0
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            values = answered(watch, target["expr"].replace("$__rate_interval", WINDOW))
+            count += 1
+            if not any(math.isfinite(value) for value in values):
+                empty.append((panel["title"], target["expr"], values))
+    assert empty == []
+    assert count >= 25
+    for query in ("rate(patchsight_images_total[30s])", "patchsight_gallery_images", "process_resident_memory_bytes"):
+        assert max(answered(watch, query)) > 0
+    told = httpx.get(f"{watch}/api/v1/rules").json()["data"]["groups"][0]["rules"]
+    assert {rule["health"] for rule in told} == {"ok"}
+    assert [rule["name"] for rule in told if rule["state"] != "inactive"] == []
+
+
+def dockerfile_stage(number: int) -> Iterator[tuple[str, str]]:
+    text = (ROOT / "Dockerfile").read_text()
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    stage = -1
+    for line in "\n".join(lines).replace("\\\n", " ").splitlines():
+        name, _, rest = line.strip().partition(" ")
+        stage += name == "FROM"
+        if stage == number and name and name != "FROM":
+            yield name, rest.strip()
+
+
+def test_the_steps_of_the_image_give_a_server(tmp_path: Path) -> None:
+    """RUN and COPY of the first stage in a folder, with paths into it; then what the second says: its variables, its
+    entry point and its health check. What is not done: the base image, the user, the layers."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "python")], check=True)
+
+    def inside(text: str) -> str:
+        return re.sub(r"(?<![\w.}])/(opt|tmp|src)\b", rf"{tmp_path}/\1", text)
+
+    here = {"PATH": f"{tmp_path / 'python/bin'}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    here |= {name: os.environ[name] for name in os.environ if name.startswith(("PIP_", "UV_", "SSL_"))}
+    for folder in ("opt", "tmp", "src"):
+        (tmp_path / folder).mkdir()
+    for name, rest in dockerfile_stage(0):
+        if name in ("ARG", "ENV"):
+            variable, _, value = rest.partition("=")
+            here[variable] = value
+        elif name == "COPY":
+            *sources, target = rest.split()
+            for source in sources:
+                to = tmp_path / "src" / (source if (clone / source).is_file() else target)
+                to.parent.mkdir(parents=True, exist_ok=True)
+                copy = shutil.copytree if (clone / source).is_dir() else shutil.copy
+                copy(clone / source, to)  # type: ignore[operator]
+        elif name == "RUN":
+            subprocess.run(["sh", "-ec", inside(rest)], cwd=tmp_path / "src", env=here, check=True, timeout=1200)
+    python = tmp_path / "opt/patchsight/bin/python"
+    left_out = "import importlib.util as u; print([n for n in ('torch', 'timm', 'pytest') if u.find_spec(n)])"
+    assert subprocess.run([python, "-c", left_out], capture_output=True, text=True, check=True).stdout == "[]\n"
+    run_as_the_image_does(tmp_path, free_port())
+
+
+def run_as_the_image_does(root: Path, port: int) -> None:
+    second = list(dockerfile_stage(1))
+    told = " ".join(rest for name, rest in second if name == "ENV")
+    variables = dict(pair.split("=", 1) for pair in told.replace("/opt/", f"{root}/opt/").split())
+    (root / "state").mkdir()
+    variables |= {"PATCHSIGHT_STATE_DIR": str(root / "state"), "PATCHSIGHT_API_KEYS": KEY, "PATCHSIGHT_PORT": str(port)}
+    variables["PATH"] = variables["PATH"].replace("$PATH", os.environ["PATH"])
+    (check,) = [rest.partition("CMD ")[2].strip() for name, rest in second if name == "HEALTHCHECK"]
+    (entry,) = [json.loads(rest) for name, rest in second if name == "ENTRYPOINT"]
+    healthy = [word.replace(":8000", f":{port}") for word in json.loads(check)]
+    server = subprocess.Popen(
+        entry, executable=root / "opt/patchsight/bin" / entry[0], env=variables, cwd=root / "state"
+    )
+    try:
+        deadline = time.monotonic() + 120
+        ask: dict[str, Any] = {"env": variables, "capture_output": True}
+        while subprocess.run(healthy, executable=root / "opt/patchsight/bin/python", **ask).returncode:
+            assert server.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(1)
+        photo = read_dataset(SAMPLES).read(0)
+        url, key = f"http://127.0.0.1:{port}", {"Authorization": f"Bearer {KEY}"}
+        assert httpx.post(f"{url}/embed", content=photo).status_code == 401
+        embedded = httpx.post(f"{url}/embed", content=photo, headers=key).json()
+        assert embedded["encoder"]["name"] == "simclr-vit-tiny-photos"
+    finally:
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=60) == 0
+    assert subprocess.run(healthy, executable=root / "opt/patchsight/bin/python", **ask).returncode != 0
