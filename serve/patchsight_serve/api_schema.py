@@ -24,7 +24,7 @@ _FOUND = {"id": "shoes-04", "score": 0.5398, "label": "shoes", "metadata": {}}
 # By the name that a parameter has everywhere, where its own declaration gives none.
 PARAMETERS: dict[str, Any] = {
     "encoder": _NAME, "name": _NAME, "model": _NAME, "gallery": "mine", "id": "shoes-1", "label": "shoes",
-    "metadata": '{"year": 2010}', "priority": "bulk", "cursor": "", "k": 5, "min_size": 5, "method": "kmeans",
+    "metadata": '{"year": 2010}', "priority": "bulk", "cursor": "", "k": 5, "min_size": 5,
 }  # fmt: skip
 
 # By the name of a reply's model.
@@ -38,6 +38,7 @@ REPLIES: dict[str, Any] = {
         "index": {"kind": "flat", "recall": None, "lists": None, "probes": None, "building": False},
         "reembedding": _REEMBEDDING,
     },
+    "GalleriesReply": {"galleries": [{"name": "default", "count": 200, "encoder": _ENCODER}]},
     "AddReply": {"results": [{"index": 0, "id": "shoes-1", "created": True}]},
     "GalleryImage": _IMAGE,
     "ImagePage": {"images": [_IMAGE], "next_cursor": None},
@@ -64,6 +65,11 @@ REPLIES: dict[str, Any] = {
         "encoder": _ENCODER, "images": 200, "unclustered": 0,
         "clusters": [{"size": 31, "labels": [{"label": "shoes", "count": 29}],
                       "typical": [{"id": "shoes-04", "label": "shoes", "score": 0.83}]}],
+    },
+    "MapReply": {
+        "encoder": _ENCODER, "method": "pca", "umap": {"state": "working", "error": None}, "images": 200, "shown": 3,
+        "ids": ["shoes-04", "dress-11", "hat-02"], "labels": ["shoes", "dress", None], "xs": [0.0, 0.61803, 1.0],
+        "ys": [0.40821, 0.29017, 0.70983],
     },
     "EmbeddingList": {
         "object": "list", "data": [{"object": "embedding", "index": 0, "embedding": [-0.0338, -0.0514, 0.011]}],

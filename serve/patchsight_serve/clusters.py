@@ -48,7 +48,8 @@ class Wanted:
         Literal["kmeans", "hdbscan"],
         Query(
             description="kmeans, spherical: every image is in a cluster. hdbscan, by density: it finds how many there "
-            f"are, and images between them are in none; up to {MAX_VECTORS:,} images, where scikit-learn is installed"
+            f"are, and images between them are in none; up to {MAX_VECTORS:,} images, where scikit-learn is installed",
+            examples=["kmeans"],
         ),
     ] = "kmeans"
     min_size: Annotated[

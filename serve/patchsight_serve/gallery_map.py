@@ -13,7 +13,7 @@ from patchsight_serve.collection import DEFAULT
 from patchsight_serve.departure import while_connected
 from patchsight_serve.galleries import GalleryQuery, described
 from patchsight_serve.gallery import Gallery
-from patchsight_serve.group_schemas import MAP_EXAMPLE, SURVEY_ERRORS, MapReply
+from patchsight_serve.group_schemas import SURVEY_ERRORS, MapReply
 from patchsight_serve.linkage import Pause
 from patchsight_serve.nearest import F32, I64
 from patchsight_serve.principal import principal, scaled
@@ -32,7 +32,8 @@ class Wanted:
         Literal["umap", "pca"],
         Query(
             description="umap: as soon as it is ready; until then the answer is by principal components, and says so. "
-            "pca: by these alone; no UMAP is begun"
+            "pca: by these alone; no UMAP is begun",
+            examples=["pca"],
         ),
     ] = "umap"
     limit: Annotated[int, Query(ge=0, le=MOST, description="images at most; with 0 it tells how UMAP stands")] = MOST
@@ -63,11 +64,8 @@ class Maps:
 def router() -> APIRouter:
     """The route."""
     routes = APIRouter(tags=["gallery"])
-    content = {"application/json": {"example": MAP_EXAMPLE}}
     routes.get(
-        "/gallery/map",
-        summary="The whole gallery on a plane",
-        responses={200: {"model": MapReply, "content": content}, **SURVEY_ERRORS},
+        "/gallery/map", summary="The whole gallery on a plane", responses={200: {"model": MapReply}, **SURVEY_ERRORS}
     )(map_of_gallery)
     return routes
 

@@ -97,16 +97,3 @@ class MapReply(BaseModel):
     labels: list[str | None]
     xs: list[float] = Field(description="0 to 1; what is the longer of the two ranges from 0 to 1")
     ys: list[float] = Field(description="0 to 1, at the same scale, with their middle at 0.5")
-
-
-MAP_EXAMPLE: dict[str, Any] = {
-    "encoder": {"name": "simclr-vit-tiny-photos", "sha256": "e42b13bf…"},
-    "method": "pca",
-    "umap": {"state": "working", "error": None},
-    "images": 200,
-    "shown": 3,
-    "ids": ["shoes-04", "dress-11", "hat-02"],
-    "labels": ["shoes", "dress", None],
-    "xs": [0.0, 0.61803, 1.0],
-    "ys": [0.40821, 0.29017, 0.70983],
-}

@@ -23,7 +23,8 @@ FOREIGN = {  # flags of other programs that stand alone in a sentence
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     line = [Path(sys.executable).parent / "mkdocs", "build", "--strict", "--site-dir", folder]
-    result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}  # that it will have a successor
+    result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120, env=quiet)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder
 
