@@ -31,7 +31,7 @@ def start(serve: Callable[..., str], *flags: object) -> str:
 
 def wait_for_samples(url: str, key: str = "none") -> None:
     with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}) as client:
-        for _ in range(600):
+        for _ in range(1800):
             if client.get("/gallery").json()["count"] == SAMPLES_COUNT:
                 return
             time.sleep(0.1)
