@@ -150,7 +150,7 @@ export class Plane {
     const context = this.canvas.getContext("2d");
     const { width, height } = this.viewport;
     const style = getComputedStyle(this.canvas);
-    const [ink, accent] = ["--ink", "--accent"].map((name) => style.getPropertyValue(name).trim());
+    const [ink, accent, paper] = ["--ink", "--accent", "--paper"].map((name) => style.getPropertyValue(name).trim());
     context.setTransform(devicePixelRatio, 0, 0, devicePixelRatio, 0, 0);
     context.clearRect(0, 0, width, height);
     const seen = this.#inView(SIDE);
@@ -159,7 +159,12 @@ export class Plane {
     this.#tiled = this.#chosen().filter(({ id }) => this.#tiles.has(id));
     for (const point of this.#tiled) {
       this.#tiles.draw(context, point);
-      this.#drawMark(context, { i: point.i, at: point.at.map((edge) => edge + SIDE / 2 - 9) }, 0);
+      const corner = point.at.map((middle) => middle + SIDE / 2 - 8);
+      context.fillStyle = paper;
+      context.beginPath();
+      context.arc(...corner, 8, 0, 2 * Math.PI);
+      context.fill();
+      this.#drawMark(context, { i: point.i, at: corner }, 0);
     }
     const current = this.ids.indexOf(this.current);
     if (current >= 0) this.#drawRing(context, current, accent);

@@ -2,8 +2,8 @@
 
 import { thumbnail } from "./thumbnails.js";
 
-const FEW = 120; // points on view, from which on down thumbnails appear
-const MOST = 48; // at once
+const FEW = 150; // points on view, from which on down thumbnails appear
+const MOST = 60; // at once
 export const SIDE = 56; // pixels
 
 export class Tiles {
