@@ -2,8 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from patchsight_serve.embedded_gallery import EmbeddedGallery
 from patchsight_serve.errors import NotFound
@@ -14,7 +14,8 @@ from patchsight_serve.scratch import Scratch
 DEFAULT = "default"
 
 
-class Outline(NamedTuple):
+@dataclass(frozen=True)
+class Outline:
     """A gallery among others. count: its images, None where it cannot be read. encoder: None while it is empty."""
 
     name: str
