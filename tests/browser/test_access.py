@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import axe_playwright_python
 import httpx
 import orjson
-from playwright.sync_api import Browser, Page, Route, expect
+from playwright.sync_api import Browser, FilePayload, Page, Route, expect
 from visit import DESKTOP, PHONE, Visit
 
 AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text()
@@ -94,6 +95,8 @@ def test_a_whole_visit_by_keys_alone(visit: Visit, photo: bytes) -> None:
     for data in samples:
         httpx.post(f"{visit.url}/gallery/images", params={"gallery": "keys"}, content=data).raise_for_status()
     page = visit.open("/?gallery=keys")
+    mine: FilePayload = {"name": "mine.jpg", "mimeType": "image/jpeg", "buffer": photo}
+    page.on("filechooser", lambda chooser: chooser.set_files(mine))
     page.keyboard.press("Tab")
     assert focused(page) == "a #view Skip to the picture"
     expect(page.locator(".skip")).to_be_in_viewport()
@@ -114,9 +117,7 @@ def test_a_whole_visit_by_keys_alone(visit: Visit, photo: bytes) -> None:
     expect(page.locator("#trail")).to_be_hidden()
 
     tab_to(page, "input file", "Shift+Tab")
-    with page.expect_file_chooser() as chooser:
-        page.keyboard.press("Enter")
-    chooser.value.set_files({"name": "mine.jpg", "mimeType": "image/jpeg", "buffer": photo})  # type: ignore[arg-type]
+    page.keyboard.press("Enter")
     visit.shown("mine.jpg")
     tab_to(page, "input label")
     page.keyboard.type("my label")
@@ -167,7 +168,7 @@ def test_the_page_weighs_less_than_a_photo(visit: Visit) -> None:
     visit.page.goto(f"{visit.url}/#/map")
     visit.page.goto(f"{visit.url}/#/groups")
     visit.page.wait_for_load_state("networkidle")
-    assert {Path(url).suffix for url in sizes} >= {"", ".js", ".css", ".svg"}
+    assert {Path(urlsplit(url).path).suffix for url in sizes} >= {"", ".js", ".css", ".svg"}
     assert sum(sizes.values()) < 300_000
     visit.end()
 

@@ -48,7 +48,7 @@ async function addAll() {
   const outcome = await Promise.allSettled(Array.from({ length: AT_ONCE }, () => worker(work)));
   const failed = outcome.find(({ status }) => status === "rejected")?.reason;
   cancel = null;
-  conclude(work, failed);
+  await conclude(work, failed);
 }
 
 async function worker(work) {
@@ -113,7 +113,7 @@ function report({ all, todo, added, there, bad, sent }) {
   $("filling-bar").ariaLabel = `${todo.length} still to be added`;
 }
 
-function conclude({ todo, added, there, bad, stop }, failed) {
+async function conclude({ todo, added, there, bad, stop }, failed) {
   $("filling-cancel").hidden = $("filling-bar").hidden = true;
   $("filling-wait").textContent = "";
   const parts = [`${plural(added, "picture")} added`];
@@ -128,9 +128,9 @@ function conclude({ todo, added, there, bad, stop }, failed) {
     URL.revokeObjectURL(upload.url);
     upload.url = null;
   }
-  if (failed && stop.signal.reason !== "canceled") complain(failed, addAll);
   offerAll();
-  whenFilled();
+  await whenFilled();
+  if (failed && stop.signal.reason !== "canceled") complain(failed, addAll);
 }
 
 $("add-all").addEventListener("submit", (event) => {

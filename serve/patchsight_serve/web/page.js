@@ -11,7 +11,7 @@ import { choose, showBeside } from "./card.js";
 import { showCompare, watchCompare } from "./compare.js";
 import { $, plural } from "./elements.js";
 import { onEntryChanged, showEntry } from "./entry.js";
-import { onFilled } from "./filling.js";
+import { offerAll, onFilled } from "./filling.js";
 import { readGallery, showStrip, watchGallery } from "./gallery.js";
 import { askForKey, complain, tell } from "./messages.js";
 import { neighborsOf, showNeighbors } from "./neighbors.js";
@@ -63,6 +63,7 @@ const refresh = () => open(targetOf(location.hash) ?? app.shown.target);
 async function open(target) {
   const mine = ++turn;
   document.body.classList.add("busy");
+  $("notice").hidden = true; // it was about what was there before
   try {
     const about = target.id ? callJson(ofGallery(`gallery/images/${encodeURIComponent(target.id)}`)) : null;
     const bytes = await bytesOf(target);
@@ -89,6 +90,7 @@ function fail(error, target) {
     URL.revokeObjectURL(target.upload.url);
     target.upload.url = null;
     showStrip();
+    offerAll();
   }
   history.replaceState(null, "", app.shown?.target.key ?? location.pathname + location.search);
 }
@@ -100,7 +102,6 @@ function show(shown) {
   settle(shown.target);
   const { target, image, found } = shown;
   const name = nameOf(target);
-  $("notice").hidden = true;
   document.title = `${name} · patchsight`;
   $("picture-name").textContent = name;
   $("picture-label").textContent = image ? (image.label ? `labelled ${image.label}` : "without a label") : "not in the gallery";
