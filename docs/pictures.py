@@ -2,7 +2,7 @@
 
     python docs/pictures.py [NAME …]      # writes docs/images/objectives-NAME.png; by default all
 
-All but `masking` take seconds. That one trains a small MAE first (10 CPU minutes, kept in runs/lessons), on photos of
+All but `masking` take seconds. That one trains a small MAE first (2 CPU minutes, kept in runs/lessons), on photos of
 PATCHSIGHT_TEST_DATA among which the shown ones are not.
 """
 
@@ -69,8 +69,9 @@ def multi_crop() -> Image.Image:
 def masking() -> Image.Image:
     sources = [str(DATA / "caltech101" / "train.parquet"), str(DATA / "clothing10" / "test.parquet")]
     mae, _ = trained(
-        load_images(sources, 64, None, QUIET), "mae", image_size=64, patch_size=8, width=128, heads=4, batch_size=64,
-        epochs=150, warmup_epochs=5, decoder_depth=2, normalize_pixels=False, data=["caltech101", "clothing10"],
+        load_images(sources, 64, None, QUIET), "mae", image_size=64, patch_size=8, width=96, heads=3, batch_size=64,
+        epochs=18, lr=2e-3, decoder_depth=1, decoder_width=64, decoder_heads=2, normalize_pixels=False,
+        data=["caltech101", "clothing10"],
     )  # fmt: skip
     images = photos(64).pixels[[2, 23, 41, 65, 87, 121]]
     seen = mae.views(images, Randomness(Generator().manual_seed(2)))

@@ -30,7 +30,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     samples = folder / "serve/patchsight_serve/samples/clothing.parquet"
     dataset = read_dataset(samples)
     (folder / "photos").mkdir()
-    for i in range(60):
+    for i in range(120):
         (folder / "photos" / f"{i}.jpg").write_bytes(dataset.read(i))
     table = pq.read_table(samples)
     pq.write_table(table.slice(0, 150), folder / "train.parquet")
@@ -86,13 +86,15 @@ def test_every_command(
     clone: Path,
     environment: dict[str, str],
     served: dict[str, float],
-    full: dict[str, float],
     capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     """A page that says where the commands are is left to that; on the others they are on the path."""
-    if not any(line.startswith("export PATH=") for line in commands(page)):
+    own = any(line.startswith("export PATH=") for line in commands(page))
+    if not own:
         environment = environment | {"PATH": f"{clone / '.venv/bin'}:{environment['PATH']}"}
-    reader = Reader(clone, environment, served | full)
+    known = served | (request.getfixturevalue("full") if FULL in commands(page) or not own else {})
+    reader = Reader(clone, environment, known)
     try:
         reader.follow(clone / page.relative_to(ROOT))
     finally:
