@@ -1,7 +1,9 @@
 """A request's id and times, the counters that Prometheus reads, and the answer to what nobody expected."""
 
 import re
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -131,3 +133,19 @@ def test_what_nobody_expected_is_a_bare_500(
     assert "request r-1 failed: POST /embed" in caplog.text
     assert "a secret of the inside" in caplog.text
     assert metrics(client)["patchsight_requests_total", labels(method="POST", route="/embed", code="500")] == 1
+
+
+def test_metrics_tell_of_galleries_and_their_disk(
+    serving: Callable[..., TestClient], png: bytes, tmp_path: Path
+) -> None:
+    def told(client: TestClient) -> list[float]:
+        found = metrics(client)
+        return [found[f"patchsight_{name}", ()] for name in ("open_galleries", "gallery_images", "free_bytes")]
+
+    client = serving(state_dir=tmp_path / "not" / "there yet")
+    assert told(client) == [0, 0, pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)]
+    for name, id in (("a", "1"), ("a", "2"), ("b", "1")):
+        assert client.post("/gallery/images", content=png, params={"gallery": name, "id": id}).status_code == 200
+    assert told(client)[:2] == [2, 3]
+    client.delete("/gallery", params={"gallery": "a"})
+    assert told(client)[:2] == [1, 1]
