@@ -13,7 +13,8 @@ COPY pyproject.toml requirements.lock ./
 RUN uv venv --quiet /opt/patchsight && \
     uv pip compile --quiet --generate-hashes --constraints requirements.lock ${EXTRAS:+--extra ${EXTRAS}} \
         --python /opt/patchsight/bin/python pyproject.toml -o /tmp/requirements.txt && \
-    uv pip sync --quiet --no-cache --compile-bytecode --require-hashes --python /opt/patchsight/bin/python /tmp/requirements.txt && \
+    uv pip sync --quiet --no-cache --compile-bytecode --require-hashes --python /opt/patchsight/bin/python \
+        /tmp/requirements.txt && \
     if [ -z "${EXTRAS}" ]; then \
         rm -f /opt/patchsight/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime_providers_cuda.so \
             /opt/patchsight/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime_providers_tensorrt.so; \
