@@ -9,11 +9,16 @@ ENV UV_PYTHON_DOWNLOADS=never
 RUN pip install --no-cache-dir "uv==${UV}"
 WORKDIR /src
 COPY pyproject.toml requirements.lock ./
-# What the lock has of the base install and the extra, each file by its hash.
+# What the lock has of the base install and the extra, each file by its hash; without a GPU 300 MB less of ONNX Runtime.
 RUN uv venv --quiet /opt/patchsight && \
     uv pip compile --quiet --generate-hashes --constraints requirements.lock ${EXTRAS:+--extra ${EXTRAS}} \
         --python /opt/patchsight/bin/python pyproject.toml -o /tmp/requirements.txt && \
-    uv pip sync --quiet --no-cache --require-hashes --python /opt/patchsight/bin/python /tmp/requirements.txt
+    uv pip sync --quiet --no-cache --compile-bytecode --require-hashes --python /opt/patchsight/bin/python \
+        /tmp/requirements.txt && \
+    if [ -z "${EXTRAS}" ]; then \
+        rm -f /opt/patchsight/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime_providers_cuda.so \
+            /opt/patchsight/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime_providers_tensorrt.so; \
+    fi
 COPY README.md LICENSE ./
 COPY train/patchsight_train train/patchsight_train
 COPY export/patchsight_export export/patchsight_export

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
 KEY = "right"
 LOAD_S = 60
+LARGEST = 600e6  # bytes of the environment that goes into the image
 WINDOW = "30s"  # of the panels' rates
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(1800)]
@@ -201,6 +202,8 @@ def test_the_steps_of_the_image_give_a_server(tmp_path: Path) -> None:
     python = tmp_path / "opt/patchsight/bin/python"
     left_out = "import importlib.util as u; print([n for n in ('torch', 'timm', 'pytest') if u.find_spec(n)])"
     assert subprocess.run([python, "-c", left_out], capture_output=True, text=True, check=True).stdout == "[]\n"
+    size = sum(path.lstat().st_size for path in (tmp_path / "opt").rglob("*"))
+    assert size < LARGEST, f"{size:,}"
     run_as_the_image_does(tmp_path, free_port())
 
 
