@@ -132,7 +132,7 @@ def test_the_map_by_hand_and_by_key(visit: Visit) -> None:
     page.keyboard.press("0")
     page.get_by_role("button", name="The whole map").click()
     at = places(page, reply)
-    page.mouse.click(box["x"] + at[lone, 0], box["y"] + at[lone, 1])
+    canvas.click(position={"x": float(at[lone, 0]), "y": float(at[lone, 1])})
     visit.shown(reply["ids"][lone])
     visit.end()
 
