@@ -103,14 +103,14 @@ def test_the_map_by_hand_and_by_key(visit: Visit) -> None:
     page.wait_for_timeout(1500)
     thumbnails = len([url for url in visit.requests if url.endswith("/thumbnail")]) - asked
     assert 1 <= thumbnails <= 5 * 60
-    beside = places(page, reply)[lone] + [18, -18]  # beyond any mark, within a thumbnail
-    assert painted(visit, beside[None])[0] == 255
+    near = places(page, reply)[lone]
+    assert painted(visit, near[None] + [18, -18])[0] == 255  # beyond any mark, within a thumbnail
     # Outwards, so that what is in the middle is the map still: it cannot be dragged out of sight.
     way = np.sign(at[lone] - [box["width"] / 2, box["height"] / 2]) * [60, 40]
     page.mouse.down()
     page.mouse.move(box["x"] + at[lone, 0] + way[0], box["y"] + at[lone, 1] + way[1], steps=4)
     page.mouse.up()
-    assert places(page, reply)[lone] == pytest.approx(at[lone] + way, abs=2)
+    assert places(page, reply)[lone] == pytest.approx(near + way, abs=2)
     assert page.url.endswith("#/map")  # a drag is no click
     visit.screenshot("map-near", full_page=False)
 
@@ -122,9 +122,9 @@ def test_the_map_by_hand_and_by_key(visit: Visit) -> None:
     page.keyboard.press("ArrowRight")
     assert view(page)["x"] > before["x"]
     distances = np.linalg.norm(places(page, reply) - [box["width"] / 2, box["height"] / 2], axis=1)
-    near = {reply["ids"][i] for i in np.argsort(distances)[:12]}
+    in_the_middle = {reply["ids"][i] for i in np.argsort(distances)[:12]}
     spoken = page.locator("#status").inner_text()
-    assert spoken.split(", ")[-1] in near
+    assert spoken.split(", ")[-1] in in_the_middle
     page.keyboard.press("Enter")
     visit.shown(spoken.split(", ")[-1])
     page.go_back()
@@ -132,7 +132,7 @@ def test_the_map_by_hand_and_by_key(visit: Visit) -> None:
     page.keyboard.press("0")
     page.get_by_role("button", name="The whole map").click()
     at = places(page, reply)
-    page.mouse.click(box["x"] + at[lone, 0], box["y"] + at[lone, 1])
+    canvas.click(position={"x": float(at[lone, 0]), "y": float(at[lone, 1])})
     visit.shown(reply["ids"][lone])
     visit.end()
 
