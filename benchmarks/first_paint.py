@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 import pyarrow.parquet as pq
-from measure import ROOT, publish, save
+from measure import ROOT, commit, hardware, publish, save
 from playwright.sync_api import Browser, sync_playwright
 from triton_process import free_port
 
@@ -127,7 +127,7 @@ def main() -> None:
             server.terminate()
             server.wait()
     save("first_paint", result)
-    publish("first_paint", table(result))
+    publish("first_paint", f"{table(result)}\n\n{visits} visits, {hardware()}, commit {commit()}.")
     print(table(result))
 
 
