@@ -94,7 +94,7 @@ def table(result: dict[str, Any]) -> str:
 
     def row(name: str, key: str, unit: str, scale: float = 1) -> str:
         middle, low, high = (figures[key][part] / scale for part in ("median", "p10", "p90"))
-        return f"| {name} | {middle:,.0f} {unit} | {low:,.0f} to {high:,.0f} |"
+        return f"| {name} | {f'{middle:,.0f} {unit}'.strip()} | {low:,.0f} to {high:,.0f} |"
 
     return "\n".join(
         [
