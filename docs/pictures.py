@@ -2,7 +2,7 @@
 
     python docs/pictures.py [NAME …]      # writes docs/images/objectives-NAME.png; by default all
 
-All but `masking` take seconds. That one trains a small MAE first (2 CPU minutes, kept in runs/lessons), on photos of
+All but `masking` take seconds. That one trains a small MAE first (3 CPU minutes, kept in runs/lessons), on photos of
 PATCHSIGHT_TEST_DATA among which the shown ones are not.
 """
 
