@@ -54,6 +54,7 @@ async function route() {
 /** The picture's view, with this target as its address. */
 function settle(target) {
   showView("view");
+  document.title = `${nameOf(target)} · patchsight`;
   if (location.hash !== target.key) history.replaceState(null, "", target.key);
 }
 
@@ -102,7 +103,6 @@ function show(shown) {
   settle(shown.target);
   const { target, image, found } = shown;
   const name = nameOf(target);
-  document.title = `${name} · patchsight`;
   $("picture-name").textContent = name;
   $("picture-label").textContent = image ? (image.label ? `labelled ${image.label}` : "without a label") : "not in the gallery";
   showPicture(shown);

@@ -5,12 +5,14 @@ import { openGroups } from "./groups.js";
 import { openMap } from "./map.js";
 
 const VIEWS = { map: openMap, groups: openGroups };
+const TITLES = { map: "The map", groups: "The groups" };
 
 /** The view that an address names, beside the picture: "map", "groups", or null. */
 export const viewOf = (hash) => hash.match(/^#\/(map|groups)$/)?.[1] ?? null;
 
 export function openView(name) {
   showView(name);
+  document.title = `${TITLES[name]} · patchsight`;
   return VIEWS[name]();
 }
 
