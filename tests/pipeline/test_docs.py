@@ -16,7 +16,7 @@ MADE: dict[str, str] = REFERENCE["pages"]()
 NEEDS = {"needs a GPU", "needs Docker", "needs a Triton server", "needs a Milvus server", "needs a cluster"}
 FOREIGN = {  # flags of other programs that stand alone in a sentence
     "--data-binary", "--nproc-per-node", "--model-control-mode", "--load-model", "--require-hashes", "--quick",
-    "--build-arg",
+    "--build-arg", "--gpus",
 }  # fmt: skip
 
 
