@@ -129,10 +129,12 @@ def test_the_map_by_hand_and_by_key(visit: Visit) -> None:
     visit.shown(spoken.split(", ")[-1])
     page.go_back()
     expect(canvas).to_be_visible()
-    page.keyboard.press("0")
+    page.wait_for_timeout(2000)  # the map is asked for anew
     page.get_by_role("button", name="The whole map").click()
     at = places(page, reply)
+    assert (painted(visit, at) > 200).all()
     canvas.click(position={"x": float(at[lone, 0]), "y": float(at[lone, 1])})
+    expect(page).to_have_url(f"{visit.url}/#/image/{reply['ids'][lone]}")
     visit.shown(reply["ids"][lone])
     visit.end()
 
