@@ -66,7 +66,7 @@ def test_requests(url: str, tmp_path: Path, readme_commands: Callable[[Path], li
     assert best["score"] == pytest.approx(1, abs=1e-5)
     assert len(others) == min(5, photos) - 1
     found = json.loads(region)
-    assert (found["looked_at"], len(found["neighbors"])) == (40, 10)
+    assert (found["looked_at"], len(found["neighbors"])) == (20, 10)
     assert all(0 <= n["box"][0] < n["box"][2] <= 1 for n in found["neighbors"])
     (group,) = json.loads(duplicates)["groups"]
     assert group["id"] in {m["id"] for m in group["members"]}
