@@ -27,7 +27,7 @@ class Slow(FakeEncoder):
             threading.Event().wait()
         time.sleep(0.02)
         for _, client, number in images[:, 0, 0].tolist():
-            print("encoded", client, number, flush=True)
+            print(f"encoded {client} {number}\\n", end="", flush=True)  # one piece: the log's lines come between others
         return super().run(images, outputs)
 
 server._encoders = lambda settings: {"fake": Slow()}
