@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar, Unpack
 import httpx
 
 from patchsight_serve.client_files import send_in_loop
-from patchsight_serve.client_gallery import PARQUET, SQLITE, File, GalleryConversation, New
+from patchsight_serve.client_gallery import File, GalleryConversation, New
 from patchsight_serve.client_images import Picture
 from patchsight_serve.client_protocol import Options, Row
 from patchsight_serve.client_steps import Call, Step, Steps, Work
@@ -144,19 +144,19 @@ class AsyncClient:
 
     async def backup(self, to: File, **query: object) -> None:
         """As `Client.backup`."""
-        await self._run(self._talk.download("/gallery/backup", SQLITE, to, query))
+        await self._run(self._talk.backup(to, query))
 
     async def restore(self, file: File, **query: object) -> dict[str, Any]:
         """As `Client.restore`."""
-        return await self._run(self._talk.upload("/gallery/restore", file, query, repeatable=False))
+        return await self._run(self._talk.restore(file, query))
 
     async def export(self, to: File, **query: object) -> None:
         """As `Client.export`."""
-        await self._run(self._talk.download("/gallery/export", PARQUET, to, query))
+        await self._run(self._talk.export(to, query))
 
     async def import_file(self, file: File, **query: object) -> dict[str, Any]:
         """As `Client.import_file`."""
-        return await self._run(self._talk.upload("/gallery/import", file, query, repeatable=True))
+        return await self._run(self._talk.import_file(file, query))
 
     async def reembed(self, encoder: str, **query: object) -> dict[str, Any]:
         """As `Client.reembed`."""

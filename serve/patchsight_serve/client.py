@@ -11,7 +11,7 @@ import httpx
 
 from patchsight_serve.async_client import AsyncClient
 from patchsight_serve.client_files import send
-from patchsight_serve.client_gallery import PARQUET, SQLITE, File, GalleryConversation, New
+from patchsight_serve.client_gallery import File, GalleryConversation, New
 from patchsight_serve.client_images import Picture
 from patchsight_serve.client_protocol import Options, Row
 from patchsight_serve.client_steps import Call, Step, Steps, Wait, Work
@@ -178,25 +178,25 @@ class Client:
     def backup(self, to: File, **query: object) -> None:
         """A gallery, `gallery=`, with its pictures, as an SQLite file, which appears whole or not at all; so does that
         of `export`. Both take longer than the usual `timeout_s` of a big gallery. Raises NotFound."""
-        self._run(self._talk.download("/gallery/backup", SQLITE, to, query))
+        self._run(self._talk.backup(to, query))
 
     def restore(self, file: File, **query: object) -> dict[str, Any]:
         """A gallery from its backup; what `POST /gallery/restore` tells of it.
 
         query: `gallery`, `replace`, `skip_damaged`. Raises Conflict (the name is taken), DamagedFile, InvalidRequest.
         """
-        return self._run(self._talk.upload("/gallery/restore", file, query, repeatable=False))
+        return self._run(self._talk.restore(file, query))
 
     def export(self, to: File, **query: object) -> None:
         """The vectors of a gallery, `gallery=`, and what is said about them, as a Parquet file. Raises NotFound."""
-        self._run(self._talk.download("/gallery/export", PARQUET, to, query))
+        self._run(self._talk.export(to, query))
 
     def import_file(self, file: File, **query: object) -> dict[str, Any]:
         """Add the vectors of a Parquet file of `export` or of `patchsight-embed`; what `POST /gallery/import` tells.
 
         query: `gallery`, `replace`. Raises Conflict (of another encoder, another image under an id), InvalidRequest.
         """
-        return self._run(self._talk.upload("/gallery/import", file, query, repeatable=True))
+        return self._run(self._talk.import_file(file, query))
 
     def reembed(self, encoder: str, **query: object) -> dict[str, Any]:
         """Have another encoder embed a gallery, `gallery=`, in the background; how far it is, as `gallery` tells under

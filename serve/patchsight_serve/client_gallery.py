@@ -126,13 +126,29 @@ class GalleryConversation(Conversation):
         state = found["umap"]["state"]
         return GalleryMap(found["method"], state, found["images"], found["ids"], found["labels"], positions)
 
-    def download(self, path: str, kind: str, to: File, query: Mapping[str, object]) -> Steps[None]:
+    def backup(self, to: File, query: Mapping[str, object]) -> Steps[None]:
+        """A gallery as an SQLite file."""
+        return self._download("/gallery/backup", SQLITE, to, query)
+
+    def restore(self, file: File, query: Mapping[str, object]) -> Steps[dict[str, Any]]:
+        """A gallery from such a file: what `POST /gallery/restore` tells."""
+        return self._upload("/gallery/restore", file, query, repeatable=False)
+
+    def export(self, to: File, query: Mapping[str, object]) -> Steps[None]:
+        """A gallery as a Parquet file."""
+        return self._download("/gallery/export", PARQUET, to, query)
+
+    def import_file(self, file: File, query: Mapping[str, object]) -> Steps[dict[str, Any]]:
+        """Such a file into a gallery: what `POST /gallery/import` tells."""
+        return self._upload("/gallery/import", file, query, repeatable=True)
+
+    def _download(self, path: str, kind: str, to: File, query: Mapping[str, object]) -> Steps[None]:
         """A gallery as a file of that kind."""
         target = Path(to)
         yield Work(lambda: check_target(target))
         yield from self._ask(Call("GET", path, _said(query), kind, to=target))
 
-    def upload(self, path: str, file: File, query: Mapping[str, object], repeatable: bool) -> Steps[dict[str, Any]]:
+    def _upload(self, path: str, file: File, query: Mapping[str, object], repeatable: bool) -> Steps[dict[str, Any]]:
         """A file to a gallery: what the server tells of it. Errors that are about the file name it."""
         source = Path(file)
         size: int = yield Work(lambda: check_source(source))

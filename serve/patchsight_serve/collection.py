@@ -32,9 +32,13 @@ class Galleries(ABC):
     def names(self) -> list[str]:
         """Names of the galleries that exist."""
 
-    @abstractmethod
     def outlines(self) -> list[Outline]:
         """Each gallery in short, in the order of their names. None is opened for it that would take long."""
+        return [outline for name in self.names() if (outline := self._outline(name)) is not None]
+
+    @abstractmethod
+    def _outline(self, name: str) -> Outline | None:
+        """One of `names`; None where it has been removed since."""
 
     @abstractmethod
     def exists(self, name: str) -> bool:
@@ -86,9 +90,9 @@ class NoGalleries(Galleries):
         """None."""
         return []
 
-    def outlines(self) -> list[Outline]:
-        """None."""
-        return []
+    def _outline(self, name: str) -> Outline | None:
+        """Raises NotFound."""
+        raise self._none(name)
 
     def exists(self, name: str) -> bool:
         """Raises NotFound."""

@@ -36,9 +36,6 @@ class EmbeddedGalleries(Galleries):
     def names(self) -> list[str]:
         return sorted(path.parent.name for path in self._folder.glob(f"*/{FILE}"))
 
-    def outlines(self) -> list[Outline]:
-        return [outline for name in self.names() if (outline := self._outline(name)) is not None]
-
     def _outline(self, name: str) -> Outline | None:
         """Of one that is not open by its file: its vectors stay where they are."""
         if (gallery := self._open.get(name)) is None:

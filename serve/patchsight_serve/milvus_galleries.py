@@ -33,9 +33,6 @@ class MilvusGalleries(Galleries):
         names = (gallery_of(self._prefix, alias) for alias in self._connection.aliases())
         return sorted(name for name in names if name is not None)
 
-    def outlines(self) -> list[Outline]:
-        return [outline for name in self.names() if (outline := self._outline(name)) is not None]
-
     def _outline(self, name: str) -> Outline | None:
         try:
             gallery = self.get(name)

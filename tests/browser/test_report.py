@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, Route, ViewportSize, expect
+from visit import SCREENSHOTS
 
 from patchsight_serve.dataset import read_dataset
 from patchsight_serve.sample_gallery import SAMPLES
 from patchsight_train.report import write_report
 
-# Read now: tests run in a folder of their own, without the person's variables.
-SCREENSHOTS = Path(os.environ["PATCHSIGHT_SCREENSHOTS"]).resolve() if "PATCHSIGHT_SCREENSHOTS" in os.environ else None
 VIEWPORTS = {
     "phone": ViewportSize(width=320, height=640),
     "desktop": ViewportSize(width=1280, height=900),
