@@ -7,7 +7,7 @@ import { squareOn } from "./picture.js";
 import { gridOf } from "./similarity.js";
 import { boxOf } from "./square.js";
 import { app } from "./state.js";
-import { thumbnail } from "./thumbnails.js";
+import { thumbnail, tile } from "./thumbnails.js";
 
 const SHOWN = 12;
 const FEW = 40; // pictures that are looked into at first: each costs an inference
@@ -89,11 +89,8 @@ async function request(candidates, signal) {
 
 function show({ neighbors, looked_at, without_original, unreadable, took }, more) {
   app.shown.across = neighbors; // the way leads on by them, too
-  const tiles = neighbors.map(({ id, score, label, box }) => {
-    const name = el("span", { className: "name", textContent: label ?? id });
-    const value = el("span", { className: "score", textContent: score.toFixed(3), title: "how like it the patches there are, at most 1" });
-    return el("li", {}, el("a", { href: `#/image/${id}`, title: id }, found(id, box), name, value));
-  });
+  const of = "how like it the patches there are, at most 1";
+  const tiles = neighbors.map((neighbor) => tile(neighbor, { of, picture: found(neighbor.id, neighbor.box) }));
   $("across-found").replaceChildren(...tiles);
   $("across-more").hidden = !more;
   const left = without_original + unreadable;

@@ -2,6 +2,7 @@
 
 import { second } from "./compare.js";
 import { $, el, percent } from "./elements.js";
+import { lengthOf } from "./picture.js";
 import { app } from "./state.js";
 
 const OBJECTIVES = { simclr: "SimCLR", mae: "MAE", dino: "DINO" };
@@ -35,11 +36,11 @@ const option = (value, textContent, selected) => el("option", { value, textConte
 const terms = ([term, content]) => [el("dt", { textContent: term }), el("dd", {}, content)];
 
 function mainFacts({ manifest }) {
-  const { objective, architecture, parameters, embedding_dim, recommended, license } = manifest;
+  const { objective, architecture, parameters, license } = manifest;
   return [
     ["Objective", OBJECTIVES[objective] ?? objective],
     ["Architecture", `${architecture}, ${(parameters / 1e6).toFixed(1)} M parameters`],
-    ["Embedding", `${embedding_dim * (recommended === "both" ? 2 : 1)} numbers`],
+    ["Embedding", `${lengthOf(manifest)} numbers`],
     ...judged(manifest).map(([name, { headline }]) => [`${headline.k}-NN`, `${percent(headline.accuracy, 1)} on ${name}`]),
     ["License", license],
   ];

@@ -1,11 +1,10 @@
 // Two encoders side by side: where each looks, and how each orders the same neighbors. The second one stands in the
 // page's address, as `beside=`.
 
-import { compose, paint } from "./attention.js";
 import { $, el, plural } from "./elements.js";
 import { complain } from "./messages.js";
 import { orderBy, tilesOf } from "./order.js";
-import { embed, headChoices, squareOn } from "./picture.js";
+import { drawOn, embed, headChoices, headName, lengthOf } from "./picture.js";
 import { app } from "./state.js";
 import { addressed } from "./target.js";
 
@@ -47,17 +46,13 @@ function lookOf(encoder, { maps }, group) {
   const choices = el("div", { className: "head-choices" }, ...headChoices(group, maps, 0));
   const draw = () => {
     const head = Number(choices.querySelector("input:checked")?.value ?? 0);
-    const layer = maps.length ? document.createElement("canvas") : null;
-    const smooth = document.querySelector("input[name=drawn]:checked").value === "smooth";
-    if (layer) paint(layer, maps[head], smooth);
-    compose(canvas, app.shown.bitmap, squareOn(app.shown.bitmap, encoder), { layer, opacity: $("opacity").value / 100, smooth });
-    const what = head ? `head ${head - 1}` : "the mean of all heads";
-    canvas.ariaLabel = layer ? `The picture with the attention of ${what} of ${encoder.name}` : "The picture";
+    drawOn(canvas, maps[head], encoder);
+    canvas.ariaLabel = maps.length ? `The picture with the attention of ${headName(head)} of ${encoder.name}` : "The picture";
   };
   choices.addEventListener("change", draw);
   draw();
-  const { architecture, image_size, embedding_dim, recommended } = encoder.manifest;
-  const facts = `${architecture}; ${image_size} pixels, ${embedding_dim * (recommended === "both" ? 2 : 1)} numbers.`;
+  const { architecture, image_size } = encoder.manifest;
+  const facts = `${architecture}; ${image_size} pixels, ${lengthOf(encoder.manifest)} numbers.`;
   return el(
     "article",
     {},

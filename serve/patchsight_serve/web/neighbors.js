@@ -34,7 +34,7 @@ export function showLabels(labels) {
 
 export function showNeighbors({ neighbors, vote, error, took }, image) {
   const agrees = ({ label }) => Boolean(label) && label === vote?.label;
-  $("neighbors").replaceChildren(...neighbors.map((neighbor) => tile(neighbor, agrees(neighbor))));
+  $("neighbors").replaceChildren(...neighbors.map((neighbor) => tile(neighbor, { agrees: agrees(neighbor) })));
   $("vote").hidden = !neighbors.length || Boolean($("only-label").value); // all of one label have nothing to vote on
   if (!$("vote").hidden) showVote(vote, image, neighbors.length);
   const other = app.gallery.encoder && app.gallery.encoder.name !== app.encoder.name;

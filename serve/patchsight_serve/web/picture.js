@@ -50,19 +50,30 @@ export function squareOn(bitmap, encoder = app.encoder) {
   return squareOf(bitmap?.width ?? 1, bitmap?.height ?? 1, encoder.manifest.transform);
 }
 
-export function draw() {
-  const { bitmap, maps, chosen } = app.shown;
-  const map = chosen?.map ?? maps[chosenHead()];
+/** The picture that is shown on a canvas, with a map over it as the person wants that drawn; without a map, alone. */
+export function drawOn(canvas, map, encoder = app.encoder) {
+  const { bitmap } = app.shown;
   const smooth = document.querySelector("input[name=drawn]:checked").value === "smooth";
   const layer = map ? document.createElement("canvas") : null;
   if (map) paint(layer, map, smooth);
-  compose($("picture"), bitmap, squareOn(bitmap), { layer, opacity: $("opacity").value / 100, smooth });
+  compose(canvas, bitmap, squareOn(bitmap, encoder), { layer, opacity: $("opacity").value / 100, smooth });
+}
+
+/** A map of `maps` in words. */
+export const headName = (i) => (i ? `head ${i - 1}` : "the mean of all heads");
+
+/** How many numbers an embedding has. manifest: of its encoder. */
+export const lengthOf = ({ embedding_dim, recommended }) => embedding_dim * (recommended === "both" ? 2 : 1);
+
+export function draw() {
+  const { bitmap, maps, chosen } = app.shown;
+  const map = chosen?.map ?? maps[chosenHead()];
+  drawOn($("picture"), map);
   showWhat(chosen, map);
   if (bitmap && bitmap.width !== bitmap.height) $("attention-note").textContent += " The encoder sees the square in the middle.";
   if (!bitmap) $("attention-note").textContent += ` The browser cannot show this format${map ? ", so the map stands alone" : ""}.`;
   const name = $("picture-name").textContent;
-  const head = chosenHead() ? `head ${chosenHead() - 1}` : "the mean of all heads";
-  const what = chosen ? "what is like the chosen patch" : `the attention of ${head}`;
+  const what = chosen ? "what is like the chosen patch" : `the attention of ${headName(chosenHead())}`;
   $("picture").ariaLabel = map ? `${name} with ${what} on it` : name;
 }
 

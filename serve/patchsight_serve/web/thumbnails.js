@@ -30,9 +30,9 @@ export function thumbnail(id, alt) {
   return image;
 }
 
-/** A picture that was found, as an item of a list: it leads to its own view. */
-export function tile({ id, label, score }, agrees = false) {
+/** A picture that was found, as an item of a list: it leads to its own view. picture: to show, by default its thumbnail. */
+export function tile({ id, label, score }, { agrees = false, of = "cosine similarity", picture = thumbnail(id, `Picture ${id}`) } = {}) {
   const name = el("span", { className: agrees ? "name agrees" : "name", textContent: label ?? id });
-  const value = el("span", { className: "score", textContent: score.toFixed(3), title: "cosine similarity" });
-  return el("li", {}, el("a", { href: `#/image/${id}`, title: id }, thumbnail(id, `Picture ${id}`), name, value));
+  const value = el("span", { className: "score", textContent: score.toFixed(3), title: of });
+  return el("li", {}, el("a", { href: `#/image/${id}`, title: id }, picture, name, value));
 }
