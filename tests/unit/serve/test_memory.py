@@ -11,6 +11,7 @@ from patchsight_serve import memory
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
+    memory.unsettle()  # a test of another file may have exchanged encoders without a server that ends
     thresholds = gc.get_threshold()
     yield
     memory.unsettle()
@@ -28,6 +29,7 @@ def test_what_is_there_is_not_looked_through_again() -> None:
     memory.settle()
     assert len(gc.get_objects()) < before / 10
     assert gc.get_freeze_count() > 100
+    assert gc.get_threshold()[0] == memory.YOUNG
     assert kept
 
 
