@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 # A test process runs on each core: a thread of OpenMP that has nothing to do must not keep another from working. Set
@@ -107,6 +107,12 @@ def shared_serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     """`serve` for a server that all tests of a module use: none of them may change what it keeps."""
     with _servers(tmp_path_factory.mktemp("shared")) as start:
         yield start
+
+
+@pytest.fixture(scope="session")
+def serve_in() -> Callable[[Path], AbstractContextManager[Callable[..., str]]]:
+    """`with serve_in(folder) as serve:` for a server that keeps its state in `folder/state`, and is gone afterwards."""
+    return _servers
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 import io
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
 
 import pytest
 from PIL import Image, ImageOps
@@ -31,12 +33,27 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
+@pytest.fixture(scope="session")
+def samples(
+    serve_in: Callable[[Path], AbstractContextManager[Callable[..., str]]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[], tuple[str, Path]]:
+    """`start(serve, *samples())`: a server whose sample gallery is complete. The photos were embedded once, by the
+    default encoder; each call gives a copy."""
+    folder = tmp_path_factory.mktemp("samples")
+    with serve_in(folder) as serve:
+        wait_for_samples(start(serve))
+
+    def copy() -> tuple[str, Path]:
+        state = tmp_path_factory.mktemp("state") / "state"
+        return "--state-dir", shutil.copytree(folder / "state", state)
+
+    return copy
+
+
 @pytest.fixture(scope="module")
-def url(shared_serve: Callable[..., str]) -> str:
+def url(shared_serve: Callable[..., str], samples: Callable[[], tuple[str, Path]]) -> str:
     """A server whose sample gallery is complete. Tests that use it leave the gallery as it is."""
-    url = start(shared_serve)
-    wait_for_samples(url)
-    return url
+    return start(shared_serve, *samples())
 
 
 @pytest.fixture

@@ -80,6 +80,51 @@ def test_choose_begin_and_delete_a_gallery(visit: Visit, api: httpx.Client, phot
     visit.end()
 
 
+def test_what_was_brought_and_the_view_stay_when_another_gallery_is_chosen(
+    visit: Visit, api: httpx.Client, photo: bytes
+) -> None:
+    fill(api, "few", photo, ["few"] * 3)
+    fill(api, "many", photo, ["many"] * 5)
+    page = visit.open("/?encoder=dino-vit-cifar10&gallery=few#/image/few-1")
+    page.locator("#neighbors a").first.click()  # a way of two pictures
+    expect(page.locator("#trail li")).to_have_count(2)
+    files = [{"name": f"{i}.jpg", "mimeType": "image/jpeg", "buffer": photo + b"!" * i} for i in (1, 2)]
+    page.locator("#file").set_input_files(files)  # type: ignore[arg-type]
+    visit.shown("1.jpg")
+
+    chooser = page.locator("#galleries")
+    chooser.select_option("many")
+    expect(page.locator("#neighbors .name")).to_have_text(["many"] * 5)
+    visit.shown("1.jpg")
+    expect(page.locator("#trail")).to_be_hidden()
+    expect(page.locator("#encoder")).to_have_value("dino-vit-cifar10")
+    expect(page.get_by_role("button", name="Add all 2 to the gallery")).to_be_visible()
+    page.get_by_label("Keep this picture").fill("mine")
+    page.get_by_role("button", name="Add to the gallery", exact=True).click()
+    expect(page.locator("#gallery-note")).to_contain_text("6 pictures")
+    assert api.get("/gallery?gallery=few").json()["count"] == 3
+
+    page.get_by_role("link", name="Map").click()
+    expect(page.locator("#map-how")).to_contain_text("6 pictures")
+    chooser.select_option("few")
+    expect(page).to_have_url(re.compile(r"gallery=few#/map$"))
+    expect(page.locator("#map-how")).to_contain_text("3 pictures")
+    page.get_by_role("link", name="Groups").click()
+    expect(page.locator("#groups")).to_contain_text("3 pictures in")
+    chooser.select_option("New gallery…")
+    page.get_by_label("Name of the new gallery").fill("fresh")
+    page.get_by_role("button", name="Make it").click()
+    expect(page.locator("#groups")).to_contain_text("The gallery is empty")
+    page.go_back()
+    expect(chooser).to_have_value("few")
+    expect(page.locator("#groups")).to_contain_text("3 pictures in")
+
+    page.get_by_role("link", name="Picture", exact=True).click()
+    page.get_by_role("button", name="Add all 2 to the gallery").click()  # the first one, too: it is not in this gallery
+    expect(page.locator("#gallery-note")).to_contain_text("5 pictures")
+    visit.end()
+
+
 def test_carry_away(visit: Visit, api: httpx.Client, photo: bytes, tmp_path: Path) -> None:
     """With a key, which no link could send: the files are those that the API gives."""
     fill(api, "whole", photo, ["cat", "dog"])

@@ -2,18 +2,18 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 import pytest
 from playwright.sync_api import Browser, expect
-from visit import DESKTOP, PHONE, Visit, start, wait_for_samples
+from visit import DESKTOP, PHONE, Visit, start
 
 
 @pytest.fixture(scope="module")
-def url(shared_serve: Callable[..., str], photo: bytes) -> str:
+def url(shared_serve: Callable[..., str], samples: Callable[[], tuple[str, Path]], photo: bytes) -> str:
     """A server with the sample gallery, and in it one photo three times, byte for byte."""
-    url = start(shared_serve)
-    wait_for_samples(url)
+    url = start(shared_serve, *samples())
     for id in ("x1", "x2", "x3"):
         httpx.post(f"{url}/gallery/images", params={"id": id, "label": "mine"}, content=photo).raise_for_status()
     return url

@@ -8,19 +8,10 @@ import httpx
 import numpy as np
 import pytest
 from playwright.sync_api import Browser, Page, expect
-from visit import DESKTOP, PHONE, Visit, start, wait_for_samples
+from visit import DESKTOP, PHONE, Visit, start
 
 UMAP_MS = 280_000  # numba compiles, beside other work
-QUICK = ("--engine", "onnxruntime")
 HTML = "<img src=x onerror=\"document.title='owned'\">"
-
-
-@pytest.fixture(scope="module")
-def url(shared_serve: Callable[..., str]) -> str:
-    """A server whose sample gallery is complete, without the trial of engines at its start."""
-    url = start(shared_serve, *QUICK)
-    wait_for_samples(url)
-    return url
 
 
 def ask(url: str, **query: Any) -> dict[str, Any]:
@@ -164,7 +155,7 @@ def test_umap_arrives_and_the_points_move(browser: Browser, url: str) -> None:
 
 
 def test_an_empty_gallery_and_labels_that_are_html(browser: Browser, serve: Callable[..., str], photo: bytes) -> None:
-    visit = Visit(browser, start(serve, "--no-sample-gallery", *QUICK))
+    visit = Visit(browser, start(serve, "--no-sample-gallery"))
     page = visit.page
     page.goto(f"{visit.url}/#/map")
     expect(page.locator("#map")).to_contain_text("The gallery is empty.")

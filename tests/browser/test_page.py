@@ -4,12 +4,13 @@ import hashlib
 import io
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 import numpy as np
 from PIL import Image
 from playwright.sync_api import Browser, expect
-from visit import DESKTOP, PHONE, Visit, jpeg, ranks, start, unpacked, wait_for_samples
+from visit import DESKTOP, PHONE, Visit, jpeg, ranks, start, unpacked
 
 
 def names(visit: Visit) -> list[str]:
@@ -175,10 +176,9 @@ def test_a_bad_file_is_told_and_harms_nothing(visit: Visit, photo: bytes) -> Non
 
 
 def test_what_is_added_is_found_and_its_label_is_only_text(
-    browser: Browser, serve: Callable[..., str], photo: bytes
+    browser: Browser, serve: Callable[..., str], samples: Callable[[], tuple[str, Path]], photo: bytes
 ) -> None:
-    visit = Visit(browser, start(serve))
-    wait_for_samples(visit.url)
+    visit = Visit(browser, start(serve, *samples()))
     page = visit.open()
     visit.upload("mine.jpg", photo)
     visit.shown("mine.jpg")
@@ -209,9 +209,10 @@ def test_what_is_added_is_found_and_its_label_is_only_text(
     visit.end()
 
 
-def test_the_key_is_asked_for_once(browser: Browser, serve: Callable[..., str]) -> None:
-    url = start(serve, "--api-keys", "open sesame,other")
-    wait_for_samples(url, "other")
+def test_the_key_is_asked_for_once(
+    browser: Browser, serve: Callable[..., str], samples: Callable[[], tuple[str, Path]]
+) -> None:
+    url = start(serve, "--api-keys", "open sesame,other", *samples())
     visit = Visit(browser, url)
     page = visit.page
     page.goto(url)

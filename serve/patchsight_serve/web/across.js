@@ -1,11 +1,11 @@
 // Across the gallery: the pictures that contain something like the chosen patches, and where.
 
-import { callJson, ofGallery } from "./api.js";
-import { $, el, plural, timeOf } from "./elements.js";
+import { callJson, ofGallery, posting } from "./api.js";
+import { $, el, place, plural, timeOf } from "./elements.js";
 import { titleOf } from "./messages.js";
 import { squareOn } from "./picture.js";
 import { gridOf } from "./similarity.js";
-import { boxOf } from "./square.js";
+import { boxOf, inFrame } from "./square.js";
 import { app } from "./state.js";
 import { thumbnail, tile } from "./thumbnails.js";
 
@@ -57,8 +57,8 @@ async function look(candidates) {
     if (mine === search) show(found, candidates < others);
   } catch (error) {
     if (mine !== search) return;
-    const kept = error.status === 409 ? "A patch can only be looked for where the originals of pictures were kept" : "";
-    $("across-note").textContent = `${kept ? `${kept}:` : titleOf(error)} ${error.message || "The server does not answer."}.`;
+    const why = error.code === "conflict" ? "A patch can only be looked for where the originals of pictures were kept:" : titleOf(error);
+    $("across-note").textContent = `${why} ${error.message || "The server does not answer."}.`;
   } finally {
     if (mine === search) $("across-work").hidden = true;
   }
@@ -83,8 +83,7 @@ async function request(candidates, signal) {
   const box = boxOf(chosen.block, chosen.grid, squareOn(bitmap)).map((edge) => edge.toFixed(6));
   const query = { box, k: SHOWN, candidates };
   if (target.id) return callJson(ofGallery("neighbors/region", { id: target.id, ...query }), { signal });
-  const body = { method: "POST", body: bytes, type: "application/octet-stream" };
-  return callJson(ofGallery("neighbors/region", query), { ...body, signal });
+  return callJson(ofGallery("neighbors/region", query), { ...posting(bytes), signal });
 }
 
 function show({ neighbors, looked_at, without_original, unreadable, took }, more) {
@@ -106,12 +105,8 @@ function found(id, [left, top, right, bottom]) {
   const image = thumbnail(id, `Picture ${id}`);
   const frame = el("i", { className: "found-frame", hidden: true });
   image.addEventListener("load", () => {
-    const { naturalWidth, naturalHeight } = image;
-    const [wide, high] = [naturalWidth, naturalHeight].map((side) => side / Math.max(naturalWidth, naturalHeight));
-    frame.style.left = `${100 * ((1 - wide) / 2 + left * wide)}%`;
-    frame.style.top = `${100 * ((1 - high) / 2 + top * high)}%`;
-    frame.style.width = `${100 * (right - left) * wide}%`;
-    frame.style.height = `${100 * (bottom - top) * high}%`;
+    const box = { left, top, width: right - left, height: bottom - top };
+    place(frame, inFrame(box, image.naturalWidth, image.naturalHeight));
     frame.hidden = false;
   });
   return el("span", { className: "found" }, image, frame);

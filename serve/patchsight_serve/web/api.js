@@ -81,13 +81,16 @@ export async function callJson(path, options) {
   return Object.assign(await response.json(), { took: response.took });
 }
 
+/** The options of a call that sends a picture as its bytes. */
+export const posting = (body) => ({ method: "POST", body, type: "application/octet-stream" });
+
 /** The gallery that the page is about: the one that its own address names. */
 export const galleryName = () => new URLSearchParams(location.search).get("gallery") || "default";
 
-/** A path that asks of the gallery that the page is about. */
+/** A path that asks of the gallery that the page is about, or of the one that the query names. */
 export function ofGallery(path, query = {}) {
   const gallery = new URLSearchParams(location.search).get("gallery");
-  const asked = new URLSearchParams(gallery ? { ...query, gallery } : query).toString();
+  const asked = new URLSearchParams(gallery ? { gallery, ...query } : query).toString();
   return asked ? `${path}?${asked}` : path;
 }
 

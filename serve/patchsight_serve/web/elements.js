@@ -9,6 +9,11 @@ export function el(name, properties = {}, ...children) {
   return node;
 }
 
+/** box: {left, top, width, height}, fractions of what the node lies in. */
+export function place(node, box) {
+  for (const [side, share] of Object.entries(box)) node.style[side] = `${100 * share}%`;
+}
+
 export const plural = (n, one) => `${n.toLocaleString("en")} ${one}${n === 1 ? "" : "s"}`;
 export const percent = (x, digits = 0) => `${(100 * x).toFixed(digits)} %`;
 

@@ -1,10 +1,11 @@
 // Many pictures into the gallery: a few requests at a time, with what became of each, until the person cancels.
 
-import { ApiError, Lost, alive, callJson, ofGallery, pause } from "./api.js";
+import { ApiError, Lost, alive, galleryName, pause } from "./api.js";
 import { folderOf } from "./drop.js";
 import { $, el, megabytes, plural } from "./elements.js";
 import { complain, titleOf } from "./messages.js";
 import { app } from "./state.js";
+import { keep } from "./upload.js";
 
 const AT_ONCE = 4;
 const RETRY_MS = 1500;
@@ -33,7 +34,7 @@ export function onFilled(filled) {
 }
 
 async function addAll() {
-  const work = { todo: pending(), all: pending(), sent: new Map(), added: 0, there: 0, bad: [] };
+  const work = { gallery: galleryName(), todo: pending(), all: pending(), sent: new Map(), added: 0, there: 0, bad: [] };
   const label = $("label-all").value.trim();
   const byFolder = $("by-folder").checked;
   work.labelOf = (file) => (byFolder && folderOf(file)) || label;
@@ -41,6 +42,7 @@ async function addAll() {
   wait = "";
   $("add-all").hidden = true;
   $("filling").hidden = false;
+  $("gallery-choice").inert = true; // all go into the same one
   $("filling-cancel").hidden = $("filling-bar").hidden = false;
   $("filling-cancel").focus();
   $("bad-files").hidden = true;
@@ -52,7 +54,8 @@ async function addAll() {
 }
 
 async function worker(work) {
-  for (let upload; !work.stop.signal.aborted && (upload = work.todo.shift()); ) {
+  const goesOn = () => !work.stop.signal.aborted && work.gallery === galleryName(); // the way back leads to another one
+  for (let upload; goesOn() && (upload = work.todo.shift()); ) {
     try {
       await add(upload, work);
     } catch (error) {
@@ -70,20 +73,15 @@ async function worker(work) {
 
 async function add(upload, work) {
   const { file } = upload;
-  const query = app.gallery.encoder ? {} : { encoder: app.encoder.name };
-  const label = work.labelOf(file);
-  if (label) query.label = label;
-  if (file.path) query.metadata = JSON.stringify({ path: file.path });
-  const body = { method: "POST", body: file, type: "application/octet-stream", signal: work.stop.signal };
-  body.progress = (bytes) => {
+  const about = { label: work.labelOf(file), metadata: file.path && JSON.stringify({ path: file.path }) };
+  const progress = (bytes) => {
     work.sent.set(upload, Math.min(bytes, file.size));
     report(work);
   };
-  body.busy = (seconds) => say(work, `The server is full, and asks to wait ${plural(seconds, "second")}.`);
+  const busy = (seconds) => say(work, `The server is full, and asks to wait ${plural(seconds, "second")}.`);
   for (;;) {
     try {
-      const [{ id, created }] = (await callJson(ofGallery("gallery/images", query), body)).results;
-      upload.id = id;
+      const { created } = await keep(upload, about, { progress, busy, signal: work.stop.signal });
       wait = "";
       return created ? work.added++ : work.there++;
     } catch (error) {
@@ -115,6 +113,7 @@ function report({ all, todo, added, there, bad, sent }) {
 
 async function conclude({ todo, added, there, bad, stop }, failed) {
   $("filling-cancel").hidden = $("filling-bar").hidden = true;
+  $("gallery-choice").inert = false;
   $("filling-wait").textContent = "";
   const parts = [`${plural(added, "picture")} added`];
   if (there) parts.push(`${there} there already`);

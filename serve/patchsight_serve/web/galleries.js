@@ -8,6 +8,8 @@ import { app } from "./state.js";
 
 const NEW = "";
 
+let whenChosen = () => null;
+
 /** Fill the chooser; the gallery that the address names is in it, even where it is yet to be made. */
 export function showGalleries() {
   const name = galleryName();
@@ -19,7 +21,21 @@ export function showGalleries() {
   $("gallery-files").hidden = !app.gallery.count;
 }
 
-const goTo = (name) => location.assign(`?${new URLSearchParams({ gallery: name })}#/`);
+/** chosen: done when the address names another gallery. */
+export function onGalleryChosen(chosen) {
+  whenChosen = chosen;
+  addEventListener("popstate", () => galleryName() !== $("galleries").value && chosen()); // the way back may lead to one
+}
+
+/** Go there, with the pictures that the person brought and with the view that is open. */
+function goTo(name) {
+  const url = new URL(location.href);
+  url.searchParams.set("gallery", name);
+  if (url.hash.startsWith("#/image/")) url.hash = "#/";
+  history.pushState(null, "", url);
+  $("new-gallery").hidden = true;
+  whenChosen();
+}
 
 /** Fetched, as a link could not send the API key, and then handed to the browser as a file. */
 async function save(part, name) {

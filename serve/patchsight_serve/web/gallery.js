@@ -2,16 +2,38 @@
 
 import { callJson, galleryName, ofGallery, pause } from "./api.js";
 import { $, el, plural } from "./elements.js";
+import { offerAll } from "./filling.js";
 import { showGalleries } from "./galleries.js";
 import { showLabels } from "./neighbors.js";
 import { app } from "./state.js";
 import { ownOf } from "./target.js";
 import { thumbnail } from "./thumbnails.js";
-import { markCurrent } from "./trail.js";
+import { leaveTrail, markCurrent } from "./trail.js";
 
 const SAMPLES = 10;
 const OWN = 50; // of the person's own on the strip: whole photos, not thumbnails
 const WATCH_MS = 1500;
+
+let entered = { name: null, done: null };
+
+/** Have the page be about the gallery that the address names. Of another one nothing is kept but the person's own pictures. */
+export function enterGallery() {
+  const name = galleryName();
+  if (entered.name !== name) {
+    const done = enter();
+    entered = { name, done };
+    done.catch(() => (entered.name = null)); // it is tried again
+  }
+  return entered.done;
+}
+
+async function enter() {
+  app.shown = null;
+  leaveTrail();
+  for (const upload of app.uploads) upload.id = null; // they may be in another gallery, not in this one
+  await readGallery();
+  offerAll();
+}
 
 export async function readGallery() {
   app.galleries = (await callJson("galleries")).galleries;
@@ -35,8 +57,9 @@ function isThere() {
 
 /** At its first start the server indexes its sample photos: go along until the gallery no longer grows, with `grown` whenever it did. */
 export async function watchGallery(grown) {
-  for (let still = 0; isThere() && still < (app.gallery.count ? 2 : 8); still++) {
+  for (let still = 0; still < (app.gallery.count ? 2 : 8); still++) {
     await pause(WATCH_MS);
+    if (!isThere()) return;
     const before = app.gallery.count;
     const now = await callJson(ofGallery("gallery")).catch(() => app.gallery);
     if (now.count === before) continue;

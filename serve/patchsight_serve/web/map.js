@@ -1,6 +1,6 @@
 // The gallery as a map: what is alike lies together. By principal components at once, by UMAP when the server has it.
 
-import { callJson, ofGallery, pause } from "./api.js";
+import { callJson, galleryName, ofGallery, pause } from "./api.js";
 import { Viewport } from "./viewport.js";
 import { $, el, plural } from "./elements.js";
 import { STEP, listen } from "./gestures.js";
@@ -20,6 +20,7 @@ const BY = {
 
 const viewport = new Viewport();
 let plane = null;
+let of = null; // the gallery that is on it
 let layouts = {}; // the server's reply for each method
 let shown = null; // one of them
 let method = "umap"; // that the person wants
@@ -37,7 +38,7 @@ export async function openMap() {
     $("map").replaceChildren(el("h2", { textContent: "The gallery as a map" }), words);
     return;
   }
-  if (!plane) build();
+  if (!plane || of !== galleryName()) build();
   layouts = { [reply.method]: reply };
   show(reply);
   follow(reply.umap, mine).catch((error) => mine === turn && complain(error, openMap)); // nobody waits for that
@@ -72,6 +73,8 @@ async function choose(wanted) {
 function build() {
   const canvas = el("canvas", { id: "plane", tabIndex: 0, role: "application", ariaLabel: `Map of the gallery. ${KEYS}` });
   plane = new Plane(canvas, viewport);
+  of = galleryName();
+  shown = null;
   viewport.whole();
   const radio = (value, text) => {
     const input = el("input", { type: "radio", name: "method", value });

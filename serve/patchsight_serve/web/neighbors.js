@@ -1,6 +1,6 @@
 // What is near a picture, and what it votes for.
 
-import { ApiError, callJson, ofGallery } from "./api.js";
+import { ApiError, callJson, ofGallery, posting } from "./api.js";
 import { $, el, percent, plural, timeOf } from "./elements.js";
 import { titleOf } from "./messages.js";
 import { app } from "./state.js";
@@ -16,7 +16,7 @@ export async function neighborsOf({ id }, bytes) {
   if (!app.gallery.encoder) query.encoder = app.encoder.name;
   try {
     if (id) return await callJson(ofGallery("neighbors", { id, ...query }));
-    return await callJson(ofGallery("neighbors", query), { method: "POST", body: bytes, type: "application/octet-stream" });
+    return await callJson(ofGallery("neighbors", query), posting(bytes));
   } catch (error) {
     if (error instanceof ApiError) return { neighbors: [], error };
     throw error;

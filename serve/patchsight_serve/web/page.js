@@ -12,7 +12,8 @@ import { showCompare, watchCompare } from "./compare.js";
 import { $, plural } from "./elements.js";
 import { onEntryChanged, showEntry } from "./entry.js";
 import { offerAll, onFilled } from "./filling.js";
-import { readGallery, showStrip, watchGallery } from "./gallery.js";
+import { onGalleryChosen } from "./galleries.js";
+import { enterGallery, readGallery, showStrip, watchGallery } from "./gallery.js";
 import { askForKey, complain, tell } from "./messages.js";
 import { neighborsOf, showNeighbors } from "./neighbors.js";
 import { layPatches, watchPatches } from "./patch.js";
@@ -21,6 +22,7 @@ import "./pulse.js";
 import { app } from "./state.js";
 import { address, addressed, bitmapOf, bytesOf, nameOf, targetOf } from "./target.js";
 import { markCurrent, walk } from "./trail.js";
+import { keep } from "./upload.js";
 import { openView, showView, viewOf } from "./views.js";
 
 let turn = 0; // a reply that comes after the person went on is dropped
@@ -32,7 +34,7 @@ async function start() {
     app.encoders = (await callJson("encoders")).encoders;
     const named = addressed("encoder");
     choose(app.encoders.find((e) => e.name === named) ?? app.encoders.find((e) => e.default) ?? app.encoders[0]);
-    await readGallery();
+    await enterGallery();
     await route();
     watchGallery(() => (app.shown && !viewOf(location.hash) ? refresh() : route()));
   } catch (error) {
@@ -40,7 +42,13 @@ async function start() {
   }
 }
 
+/** Show what the address names, of the gallery that it names. */
 async function route() {
+  try {
+    await enterGallery();
+  } catch (error) {
+    return complain(error, route);
+  }
   const view = viewOf(location.hash);
   if (view) return openView(view).catch((error) => complain(error, route));
   const target = targetOf(location.hash);
@@ -49,6 +57,7 @@ async function route() {
   const first = $("strip").querySelector("a");
   if (first) return open(targetOf(first.hash));
   $("view").hidden = true; // there is nothing to show
+  document.title = "patchsight";
 }
 
 /** The picture's view, with this target as its address. */
@@ -122,13 +131,8 @@ function show(shown) {
 async function add(event) {
   event.preventDefault();
   const { upload } = app.shown.target;
-  const label = $("label").value.trim();
-  const query = label ? { label } : {};
-  if (!app.gallery.encoder) query.encoder = app.encoder.name;
   try {
-    const body = { method: "POST", body: upload.file, type: "application/octet-stream" };
-    const [{ id, created }] = (await callJson(ofGallery("gallery/images", query), body)).results;
-    upload.id = id;
+    const { id, created } = await keep(upload, { label: $("label").value.trim() });
     await readGallery();
     $("label").value = "";
     if (created) location.hash = `#/image/${id}`;
@@ -163,6 +167,7 @@ onEntryChanged(async (gone) => {
   await route();
 });
 onFilled(filled);
+onGalleryChosen(route);
 $("only-label").addEventListener("change", refresh);
 $("key-dialog").querySelector("form").addEventListener("submit", (event) => {
   event.preventDefault();

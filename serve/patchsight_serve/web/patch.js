@@ -1,11 +1,11 @@
 // The patches of the picture, to choose from: by pointer, or by keyboard. What is like the chosen ones is drawn on it.
 
 import { closeAcross, offerAcross } from "./across.js";
-import { $ } from "./elements.js";
+import { $, place } from "./elements.js";
 import { complain } from "./messages.js";
 import { draw, squareOn } from "./picture.js";
 import { gridOf, likeness, tokensOf } from "./similarity.js";
-import { blockOf, patchAt, patchesIn } from "./square.js";
+import { blockOf, inFrame, patchAt, patchesIn } from "./square.js";
 import { app } from "./state.js";
 
 const MOVES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
@@ -24,9 +24,7 @@ export function layPatches() {
   if (!grid) return;
   cursor = [Math.floor(grid.w / 2), Math.floor(grid.h / 2)];
   const { width, height } = $("picture");
-  const [wide, high] = [width, height].map((side) => side / Math.max(width, height)); // of the frame, which is a square
-  const square = squareOn(app.shown.bitmap);
-  place($("patches"), (1 - wide) / 2 + square.left * wide, (1 - high) / 2 + square.top * high, square.width * wide, square.height * high);
+  place($("patches"), inFrame(squareOn(app.shown.bitmap), width, height));
   mark($("patch-chosen"), null);
   mark($("patch-cursor"), document.activeElement === $("patches") ? blockOf(cursor, cursor) : null);
 }
@@ -123,10 +121,5 @@ function mark(frame, block) {
   frame.hidden = !block;
   if (!block) return;
   const { left, top, right, bottom } = block;
-  place(frame, left / grid.w, top / grid.h, (right - left) / grid.w, (bottom - top) / grid.h);
-}
-
-/** Fractions of what the node lies in. */
-function place(node, left, top, width, height) {
-  for (const [name, share] of Object.entries({ left, top, width, height })) node.style[name] = `${100 * share}%`;
+  place(frame, { left: left / grid.w, top: top / grid.h, width: (right - left) / grid.w, height: (bottom - top) / grid.h });
 }

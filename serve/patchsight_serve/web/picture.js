@@ -1,6 +1,6 @@
 // The picture with the encoder's attention on it, or with what is like a chosen patch; and the numbers it makes of it.
 
-import { callJson } from "./api.js";
+import { callJson, posting } from "./api.js";
 import { compose, mean, paint, unpackHeads } from "./attention.js";
 import { $, el, percent, timeOf } from "./elements.js";
 import { gridOf } from "./similarity.js";
@@ -10,7 +10,7 @@ import { app } from "./state.js";
 export async function embed(bytes, encoder = app.encoder) {
   const wanted = "attention" in encoder.outputs ? "embedding,attention" : "embedding";
   const query = new URLSearchParams({ encoder: encoder.name, outputs: wanted });
-  const reply = await callJson(`embed?${query}`, { method: "POST", body: bytes, type: "application/octet-stream" });
+  const reply = await callJson(`embed?${query}`, posting(bytes));
   const { embedding, attention } = reply.results[0];
   const heads = attention ? unpackHeads(attention) : [];
   return { embedding, maps: heads.length ? [mean(heads), ...heads] : [], took: reply.took };

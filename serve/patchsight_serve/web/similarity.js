@@ -1,6 +1,6 @@
 // How alike the patches of a picture are to the encoder: cosines of their tokens, made here.
 
-import { call } from "./api.js";
+import { call, posting } from "./api.js";
 import { app } from "./state.js";
 import { patchesIn } from "./square.js";
 
@@ -13,8 +13,7 @@ export function gridOf({ outputs }) {
 /** The tokens of a picture's patches at length 1: {h, w, D, values}, patch by patch, row by row. Throws what `call` does. */
 export async function tokensOf(bytes, signal) {
   const query = new URLSearchParams({ encoder: app.encoder.name, outputs: "patch_tokens" });
-  const type = "application/octet-stream";
-  const reply = await call(`embed?${query}`, { method: "POST", body: bytes, type, accept: type, signal });
+  const reply = await call(`embed?${query}`, { ...posting(bytes), accept: "application/octet-stream", signal });
   const [, h, w, D] = reply.headers.get("X-Shape").split(",").map(Number);
   const values = new Float32Array(await reply.arrayBuffer());
   for (let start = 0; start < values.length; start += D) toUnitLength(values.subarray(start, start + D));

@@ -8,6 +8,12 @@ export function squareOf(width, height, { crop, resize }) {
   return { left: (1 - side / width) / 2, top: (1 - side / height) / 2, width: side / width, height: side / height };
 }
 
+/** A box, as fractions of a picture, as fractions of a square frame that holds the picture whole, in its middle. */
+export function inFrame({ left, top, width, height }, pictureWidth, pictureHeight) {
+  const [wide, high] = [pictureWidth, pictureHeight].map((side) => side / Math.max(pictureWidth, pictureHeight));
+  return { left: (1 - wide) / 2 + left * wide, top: (1 - high) / 2 + top * high, width: width * wide, height: height * high };
+}
+
 /** The patch at a place, 0 to 1 across the square: [column, row]; the nearest one where the place is outside. */
 export function patchAt(x, y, { h, w }) {
   const within = (at, n) => Math.min(Math.max(Math.floor(at * n), 0), n - 1);

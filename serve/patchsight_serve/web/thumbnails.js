@@ -5,22 +5,22 @@ import { el } from "./elements.js";
 
 const KEPT = 500; // at the same time
 
-const thumbnails = new Map(); // id to a promise of an object URL
+const thumbnails = new Map(); // path to a promise of an object URL
 
 function thumbnailUrl(id) {
-  if (!thumbnails.has(id)) {
-    const path = ofGallery(`gallery/images/${encodeURIComponent(id)}/thumbnail`);
+  const path = ofGallery(`gallery/images/${encodeURIComponent(id)}/thumbnail`);
+  if (!thumbnails.has(path)) {
     const url = call(path).then(async (reply) => URL.createObjectURL(await reply.blob()));
-    url.catch(() => thumbnails.delete(id));
-    thumbnails.set(id, url);
+    url.catch(() => thumbnails.delete(path));
+    thumbnails.set(path, url);
     if (thumbnails.size > KEPT) forget(thumbnails.keys().next().value);
   }
-  return thumbnails.get(id);
+  return thumbnails.get(path);
 }
 
-function forget(id) {
-  thumbnails.get(id).then(URL.revokeObjectURL, () => null); // what shows it already keeps it
-  thumbnails.delete(id);
+function forget(path) {
+  thumbnails.get(path).then(URL.revokeObjectURL, () => null); // what shows it already keeps it
+  thumbnails.delete(path);
 }
 
 /** An <img> that gets its picture as soon as it is there. */

@@ -7,6 +7,8 @@ import { thumbnail } from "./thumbnails.js";
 
 let trail = []; // targets, from where the walk began
 
+export const leaveTrail = () => (trail = []);
+
 /** Keep the way: a click on a neighbor goes on, one on the way goes back, anything else begins anew. */
 export function walk(target) {
   const known = trail.findIndex((step) => step.key === target.key);
