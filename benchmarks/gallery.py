@@ -1,15 +1,17 @@
 """The gallery's search beside its peers: bare FAISS, usearch, milvus-lite, and pgvector in a real PostgreSQL.
 
-    python benchmarks/gallery.py                              # hours on 2 cores, 25 GB of disk, 6 GB of memory
-    python benchmarks/gallery.py --peers-count 200000         # fewer vectors for the three that are not FAISS
+    python benchmarks/gallery.py --count 100000     # all contenders: an hour on 2 cores
+    python benchmarks/gallery.py --count 1000000 --arms patchsight patchsight_exact faiss_lists faiss_codes faiss_flat
     python benchmarks/gallery.py --count 20000 --seconds 3 --dry   # a trial: minutes
+
+The second takes half an hour, 12 GB of disk and 6 GB of memory; with the graphs of the others, hours.
 
 Vectors of 384 numbers, half made up and half real embeddings repeated with noise, queries of both kinds with the truth
 by brute force (gallery_vectors.py). First each contender is filled in batches of 1,000, then each is asked, in a new
 process (gallery_arm.py): cold start, memory, the least effort that finds 0.99 of the 10 nearest, latency with 1 and 16
 clients while 100 vectors a second come in, filters. One thread per query. What is done is kept in
-`runs/gallery/<count>`, so that a run that was stopped goes on. Writes `benchmarks/results/gallery.json`, the tables in
-docs/search.md and their plot.
+`runs/gallery/<count>`, so that a run that was stopped goes on. Writes `benchmarks/results/gallery-<count>.json`, the
+tables in docs/search.md and their plot, where that page has a place for this count.
 """
 
 import argparse
@@ -29,8 +31,7 @@ from gallery_vectors import prepare
 from measure import ROOT, publish, save
 from peer_environment import python_of
 
-COUNT = 1_000_000
-PLOT = "![recall at 10 against milliseconds, a line for each contender](images/gallery.png)"
+PLOT = "![recall at 10 against milliseconds, a line for each contender](images/{}.png)"
 
 
 def kept(name: str, verb: str, folder: Path) -> Path:
@@ -79,36 +80,27 @@ def store(name: str, verb: str, folder: Path) -> Iterator[Path]:
         shutil.rmtree(copy, ignore_errors=True)
 
 
-def measure(names: list[str], folders: dict[str, Path], seconds: float, keep: bool) -> dict[str, dict[str, Any]]:
+def measure(names: list[str], folder: Path, seconds: float, keep: bool) -> dict[str, dict[str, Any]]:
     """Fill all, then ask all: those that are compared are asked soon after one another."""
     filled, asked = {}, {}
     for name in names:
-        source, folder = ARMS[name].filled or name, folders[name]
+        source = ARMS[name].filled or name
         if not (folder / source).exists() and not kept(name, "ask", folder).exists():
             kept(source, "fill", folder).unlink(missing_ok=True)  # it is gone, and somebody has still to be asked
         filled[source] = run(source, "fill", folder, seconds)
         print(source, filled[source], flush=True)
     for name in names:
         fill = filled[ARMS[name].filled or name]
-        asked[name] = fill if "failure" in fill else run(name, "ask", folders[name], seconds)
+        asked[name] = fill if "failure" in fill else run(name, "ask", folder, seconds)
         print(name, asked[name], flush=True)
     for name in () if keep else filled:
-        shutil.rmtree(folders[name] / name, ignore_errors=True)
-    return {
-        name: {
-            "label": ARMS[name].label,
-            "count": int(folders[name].name),
-            "fill": filled.get(name),
-            "ask": asked[name],
-        }
-        for name in names
-    }
+        shutil.rmtree(folder / name, ignore_errors=True)
+    return {name: {"label": ARMS[name].label, "fill": filled.get(name), "ask": asked[name]} for name in names}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=COUNT, help="vectors")
-    parser.add_argument("--peers-count", type=int, help="vectors of usearch, milvus-lite and pgvector, if others")
+    parser.add_argument("--count", type=int, default=100_000, help="vectors")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument(
         "--folder", type=Path, default=ROOT / "runs" / "gallery", help="for vectors, stores, and what was said"
@@ -117,17 +109,15 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="the filled stores, to ask them again")
     parser.add_argument("--dry", action="store_true", help="neither save nor publish")
     given = parser.parse_args()
-    counts = {name: (ARMS[name].environment and given.peers_count) or given.count for name in ARMS}
-    made = {count: prepare(given.folder.resolve(), count) for count in sorted({counts[name] for name in given.arms})}
-    folders = {name: made[counts[name]] for name in given.arms}
-    folders |= {arm.filled: folders[name] for name, arm in ARMS.items() if arm.filled and name in folders}
-    arms = measure(given.arms, folders, given.seconds, given.keep)
+    folder = prepare(given.folder.resolve(), given.count)
+    arms = measure(given.arms, folder, given.seconds, given.keep)
     figures = {"count": given.count, "dim": DIM, "arms": arms}
     print(gallery_report.tables(figures))
     if not given.dry:
-        save("gallery", figures)
-        publish("gallery", f"{gallery_report.tables(figures)}\n\n{PLOT}")
-        gallery_report.draw(figures, ROOT / "docs" / "images" / "gallery.png")
+        name = f"gallery-{given.count}"
+        save(name, figures)
+        publish(name, f"{gallery_report.tables(figures)}\n\n{PLOT.format(name)}")
+        gallery_report.draw(figures, ROOT / "docs" / "images" / f"{name}.png")
 
 
 if __name__ == "__main__":

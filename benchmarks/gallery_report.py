@@ -24,12 +24,9 @@ def tables(figures: Mapping[str, Any]) -> str:
         for name, arm in figures["arms"].items()
         if name not in arms
     ]
-    few = {arm["label"]: arm["count"] for arm in arms.values() if arm["count"] != figures["count"]}
-    said = f"{figures['count']:,} vectors of {figures['dim']} numbers"
-    if few:
-        said += "; fewer for " + ", ".join(f"{label} ({count:,})" for label, count in few.items())
-    parts = ["\n".join(make(arms, figures)) for make in (_filling, _searching, _filters)]
-    return "\n\n".join([said + ".", *parts, *_ratios(arms), *ill])
+    said = f"{figures['count']:,} vectors of {figures['dim']} numbers."
+    parts = ["\n".join(lines) for lines in (_filling(arms, figures), _searching(arms), _filters(arms))]
+    return "\n\n".join([said, *parts, *_ratios(arms), *ill])
 
 
 def _filling(arms: Mapping[str, Any], figures: Mapping[str, Any]) -> list[str]:
@@ -38,33 +35,33 @@ def _filling(arms: Mapping[str, Any], figures: Mapping[str, Any]) -> list[str]:
         "| cold start, s | fully fast after, s | memory, × vectors |",
         "| --- " * 9 + "|",
     ]
+    count, size = figures["count"], figures["count"] * figures["dim"] * 4
     for arm in arms.values():
-        fill, asked, size = arm["fill"], arm["ask"], arm["count"] * figures["dim"] * 4
+        fill, asked = arm["fill"], arm["ask"]
         start = f"| {asked['cold_s']:.1f} | {asked['ready_s']:.1f} | {asked['memory_mb'] * 2**20 / size:.2f} |"
         if fill is None:
             lines.append(f"| {arm['label']} | | | | | {start}")
             continue
         both = fill["add_s"] + fill["finish_s"]
         lines.append(
-            f"| {arm['label']} | {_rate(arm['count'] / fill['add_s'])} | {_rate(arm['count'] / both)} "
+            f"| {arm['label']} | {_rate(count / fill['add_s'])} | {_rate(count / both)} "
             f"| {fill['add_cpu_s'] + fill['finish_cpu_s']:,.0f} | {fill['kept']} | {fill['bytes'] / size:.2f} {start}"
         )
     return lines
 
 
-def _searching(arms: Mapping[str, Any], figures: Mapping[str, Any]) -> list[str]:
+def _searching(arms: Mapping[str, Any]) -> list[str]:
     lines = [
         "| | recall at 10, real / made up | p50 / p99 ms, real queries | made up | CPU ms, real | × bare FAISS "
         "| p50 / p99 ms beside writes | with 16 clients | answers/s |",
         "| --- " * 9 + "|",
     ]
-    bare = _bare(arms, figures["count"])
+    bare = _bare(arms)
     for name, arm in arms.items():
         asked, real = arm["ask"], arm["ask"]["alone"]["real"]
         step = next(step for step in asked["ladder"] if step["effort"] == asked["efforts"]["real"])
         found = " / ".join(_found(step[half]["recall"]) for half in reversed(HALVES))
-        ratio = "–" if not bare or arm["count"] != figures["count"] else f"{real['p50_ms'] / bare:.2f}"
-        ratio = "–" if name == EXACT else ratio
+        ratio = "–" if not bare or name == EXACT else f"{real['p50_ms'] / bare:.2f}"
         star = "" if asked["writes"] else " (no writes)"
         lines.append(
             f"| {arm['label']} | {found} | {_two(real)} | {_two(asked['alone']['made up'])} | {_ms(real['cpu_ms'])} "
@@ -74,7 +71,7 @@ def _searching(arms: Mapping[str, Any], figures: Mapping[str, Any]) -> list[str]
     return lines
 
 
-def _filters(arms: Mapping[str, Any], figures: Mapping[str, Any]) -> list[str]:  # noqa: ARG001
+def _filters(arms: Mapping[str, Any]) -> list[str]:
     lines = ["| p50 ms (recall) with a filter | " + " | ".join(SHARES) + " |", "| --- " * (len(SHARES) + 1) + "|"]
     for arm in arms.values():
         for by, found in arm["ask"]["filters"].items():
@@ -95,14 +92,12 @@ def _ratios(arms: Mapping[str, Any]) -> list[str]:
     return [f"patchsight's approximate search beside its exact one, by p50: {times}."]
 
 
-def _bare(arms: Mapping[str, Any], count: int) -> float | None:
+def _bare(arms: Mapping[str, Any]) -> float | None:
     """p50 of the faster of FAISS's two that find enough."""
     found = [
         arms[name]["ask"]["alone"]["real"]["p50_ms"]
         for name in BARE
-        if name in arms
-        and arms[name]["count"] == count
-        and max(s["real"]["recall"] for s in arms[name]["ask"]["ladder"]) >= ENOUGH
+        if name in arms and max(s["real"]["recall"] for s in arms[name]["ask"]["ladder"]) >= ENOUGH
     ]
     return min(found, default=None)
 
@@ -116,10 +111,8 @@ def draw(figures: Mapping[str, Any], path: Path) -> None:
             steps = [step[half] for step in arm["ask"].get("ladder", [])]
             points = [(step["p50_ms"], step["recall"]) for step in steps]
             if points:
-                label = arm["label"] if arm["count"] == figures["count"] else f"{arm['label']}, {arm['count']:,}"
-                panel.plot(
-                    *zip(*points, strict=True), "o-", color=colors[name], label=label, linewidth=1.8, markersize=4
-                )
+                line = {"label": arm["label"], "color": colors[name], "linewidth": 1.8, "markersize": 4}
+                panel.plot(*zip(*points, strict=True), "o-", **line)
     for half, panel in zip(HALVES, axes, strict=True):
         panel.set_title(f"{half} queries", fontsize=10)
         panel.set_xscale("log")

@@ -87,7 +87,8 @@ def command() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(name: str, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
         line = [str(Path(sys.executable).parent / name), *map(str, arguments)]
-        return subprocess.run(line, capture_output=True, text=True, timeout=240, **options)  # type: ignore[call-overload]
+        options.setdefault("timeout", 240)
+        return subprocess.run(line, capture_output=True, text=True, **options)  # type: ignore[call-overload]
 
     return run
 

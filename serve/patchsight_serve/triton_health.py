@@ -17,7 +17,7 @@ from patchsight_serve.triton_config import MAX_BATCH
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_S = 1.0  # at least, for the probe of a model that was well
+PATIENCE_S = 0.75  # at least, for the probe of a model that was well
 LONG_PATIENCE_S = 5.0  # for one that was not: Triton itself needs a while to find a worker dead
 LONGEST_PATIENCE_S = 30.0
 HANGING_S = 10.0  # without any answer: as good as dead
@@ -56,8 +56,7 @@ class TritonHealth:
         """Until cancelled. Whatever goes wrong here must not end it."""
         while True:
             try:
-                alarmed = await self._wait()
-                if alarmed or time.monotonic() - max(self.heartbeat, self._checked) >= self._every_s:
+                if await self._wait() or self._due() <= 0:
                     await self.check()
             except PatchsightError as error:
                 logger.warning("encoder %s: %s", self._model, error)
@@ -81,7 +80,8 @@ class TritonHealth:
             if self.failure is not None:
                 logger.info("encoder %s works again", self._model)
             self.failure, self._pause_s = None, 0.0
-        self._checked = time.monotonic()
+        finally:
+            self._checked = time.monotonic()
 
     def _patience(self) -> float:
         """A probe waits for the one batch that runs when it comes, anybody's: twice what a full one should take."""
@@ -90,9 +90,14 @@ class TritonHealth:
             return LONG_PATIENCE_S
         return min(max(PATIENCE_S, 2 * pace * MAX_BATCH), LONGEST_PATIENCE_S)
 
+    def _due(self) -> float:
+        """Seconds until the last proof is too old."""
+        return max(self.heartbeat, self._checked) + self._every_s - time.monotonic()
+
     async def _wait(self) -> bool:
+        """Until an alarm, which is true, or until a probe may be due: proofs that come meanwhile put it off."""
         try:
-            async with asyncio.timeout(self._every_s / 4):
+            async with asyncio.timeout(max(self._due(), 0.0)):
                 await self._alarm.wait()
         except TimeoutError:
             return False

@@ -47,6 +47,7 @@ def check_round_trip(
     trained = command(
         "patchsight-train", "simclr", "--data", cifar / "train.parquet", "--run", run, "--stem", "conv",
         "--batch-size", 100, "--warmup-epochs", 1, "--projection-hidden", 128, "--threads", 1, *training,
+        timeout=900,
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr
     (gallery, labels), (queries, truth) = side(cifar, "train"), side(cifar, "test")
@@ -121,6 +122,7 @@ def test_round_trip(cifar: Path, tmp_path: Path, command: Callable, start_triton
 
 
 @pytest.mark.acceptance
+@pytest.mark.timeout(1800)
 def test_round_trip_after_a_minute_of_training(
     cifar: Path, tmp_path: Path, command: Callable, start_triton: Callable
 ) -> None:
