@@ -2,7 +2,6 @@
 that was killed left behind, the next one removes."""
 
 import errno
-import fcntl
 import os
 import secrets
 import shutil
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from patchsight_serve.errors import StorageFull
+from patchsight_serve.lock import locked
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -31,7 +31,7 @@ class Scratch:
     def clear(self) -> None:
         """Remove what processes left that are gone."""
         for folder in self._parent.iterdir() if self._parent.is_dir() else ():
-            lock = _locked(folder)
+            lock = locked(folder)
             if lock is not None:
                 shutil.rmtree(folder, ignore_errors=True)
                 os.close(lock)
@@ -61,7 +61,7 @@ class Scratch:
             while self._own is None:
                 folder = self._parent / secrets.token_hex(8)
                 folder.mkdir(parents=True)
-                lock = _locked(folder)
+                lock = locked(folder)
                 if lock is not None and folder.is_dir():  # else another process was quicker, and removed it
                     self._own, self._lock = folder, lock
                 elif lock is not None:
@@ -75,20 +75,6 @@ class Scratch:
                 shutil.rmtree(self._own, ignore_errors=True)
                 os.close(self._lock)
                 self._own = self._lock = None
-
-
-def _locked(folder: Path) -> int | None:
-    """The folder's descriptor, which holds its lock, or None where another process does."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # gone, or not ours to open
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 @contextmanager

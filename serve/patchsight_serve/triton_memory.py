@@ -23,19 +23,19 @@ from patchsight_serve.errors import PatchsightError
 from patchsight_serve.manifest import Manifest
 from patchsight_serve.triton_client import Triton, TritonFailure, said
 from patchsight_serve.triton_config import MAX_BATCH
+from patchsight_serve.triton_leftovers import CALL_S, PREFIX, hold, sweep
 
 logger = logging.getLogger(__name__)
 
 SLOTS = 8  # at the same time; pages that no call has touched cost nothing
 REST_S = 60.0  # before Triton is told to forget a region that it may still be writing into
-CALL_S = 5.0
 
 
 class Slot:
     """One region: `(MAX_BATCH, S, S, 3)` uint8, and behind it each output, float32."""
 
     def __init__(self, manifest: Manifest) -> None:
-        self.name = f"patchsight-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        self.name = f"{PREFIX}{os.getpid()}-{uuid.uuid4().hex[:12]}"
         self._manifest = manifest
         self._offsets, end = {}, _aligned(MAX_BATCH * manifest.transform.crop**2 * 3)
         for name, shape in manifest.outputs.items():
@@ -43,6 +43,15 @@ class Slot:
             end = _aligned(end + 4 * MAX_BATCH * math.prod(shape))
         self.size = end
         self.handle: Any = shared_memory.create_shared_memory_region(self.name, f"/{self.name}", end, create_only=True)
+        try:
+            self._lock = hold(self.name)
+        except OSError:
+            shared_memory.destroy_shared_memory_region(self.handle)
+            raise
+
+    def destroy(self) -> None:
+        shared_memory.destroy_shared_memory_region(self.handle)
+        os.close(self._lock)
 
     def image(self, images: Sequence[Pixels]) -> InferInput:
         """The call's input; the pixels are in the region when this returns."""
@@ -73,7 +82,7 @@ class TritonMemory:
         self._triton, self._manifest = triton, manifest
         self._free: list[Slot] = []
         self._count = 0  # free, in use and resting
-        self._off = False
+        self._off = self._swept = False
         self._resting: dict[Slot, asyncio.Task[None]] = {}
 
     async def aclose(self) -> None:
@@ -105,6 +114,9 @@ class TritonMemory:
     async def _new(self) -> Slot | None:
         if self._off or self._count == SLOTS:
             return None
+        if not self._swept:
+            self._swept = True
+            await sweep(self._triton)
         try:
             slot = Slot(self._manifest)
         except (shared_memory.SharedMemoryException, OSError) as error:
@@ -119,7 +131,7 @@ class TritonMemory:
             )
         except BaseException as error:
             self._count -= 1
-            shared_memory.destroy_shared_memory_region(slot.handle)
+            slot.destroy()
             if not isinstance(error, PatchsightError):
                 raise
             # Of a Triton that is gone or late the call itself will tell.
@@ -143,7 +155,7 @@ class TritonMemory:
         """Here and at Triton. Not sooner than that: a thread of ours may still be copying pixels into it as well."""
         with suppress(PatchsightError):  # a Triton that is gone, or has started anew, does not know it any more
             await said(self._triton.client.unregister_system_shared_memory(slot.name, client_timeout=CALL_S))
-        shared_memory.destroy_shared_memory_region(slot.handle)
+        slot.destroy()
 
 
 def _aligned(size: int) -> int:

@@ -143,6 +143,34 @@ def test_patches_by_keyboard(visit: Visit, photo: bytes) -> None:
     visit.end()
 
 
+def test_chosen_patches_stand_in_the_address(browser: Browser, visit: Visit) -> None:
+    id = httpx.get(f"{visit.url}/gallery/images", params={"limit": 1}).json()["images"][0]["id"]
+    page = visit.open(f"/#/image/{id}")
+    bare_overlay(page)
+    page.locator("#patches").click(position=middle(page.locator("#patches"), 5, 2))
+    expect(page.locator("#looks-title")).to_have_text("What is like this patch")
+    address, chosen = page.url.removeprefix(visit.url), visit.pixels()
+    assert re.fullmatch(rf"/#/image/{id}\?box=(0\.\d+,){{3}}0\.\d+", address)
+    page.get_by_role("link", name="Groups").click()
+    page.get_by_role("link", name="Picture", exact=True).click()
+    expect(page).to_have_url(visit.url + address)
+
+    other = Visit(browser, visit.url)
+    other.open(address)
+    expect(other.page.locator("#looks-title")).to_have_text("What is like this patch")
+    bare_overlay(other.page)
+    assert (other.pixels() == chosen).all()
+    other.page.goto(f"{visit.url}/#/image/{id}?box=0,0,1,1")  # all that the encoder sees, and more
+    expect(other.page.locator("#attention-note")).to_have_text(re.compile("All patches are chosen"))
+    other.page.get_by_role("button", name="Back to the attention").click()
+    expect(other.page).to_have_url(f"{visit.url}/#/image/{id}")
+    for nonsense in ("1,2", "a,b,c,d", "1.2.3,0,0,1"):
+        other.page.goto(f"{visit.url}/?{nonsense[0]}#/image/{id}?box={nonsense}")
+        expect(other.page.locator("#neighbors img[src]").first).to_be_visible()
+    for one in (visit, other):
+        one.end()
+
+
 def test_a_block_of_patches_is_found_across_the_gallery(visit: Visit, photo: bytes) -> None:
     page = visit.open()
     visit.upload("mine.jpg", photo)

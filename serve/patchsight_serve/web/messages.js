@@ -67,3 +67,9 @@ export function askForKey(refused) {
     dialog.onclose = () => done(dialog.returnValue || null);
   });
 }
+
+$("key-dialog").querySelector("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  $("key-dialog").close($("key").value.trim());
+});
+$("key-cancel").addEventListener("click", () => $("key-dialog").close(""));

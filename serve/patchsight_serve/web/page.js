@@ -16,11 +16,11 @@ import { onGalleryChosen } from "./galleries.js";
 import { enterGallery, readGallery, showStrip, watchGallery } from "./gallery.js";
 import { askForKey, complain, tell } from "./messages.js";
 import { neighborsOf, showNeighbors } from "./neighbors.js";
-import { layPatches, watchPatches } from "./patch.js";
+import { chooseIn, layPatches, watchPatches } from "./patch.js";
 import { draw, embed, showPicture } from "./picture.js";
 import "./pulse.js";
 import { app } from "./state.js";
-import { address, addressed, bitmapOf, bytesOf, nameOf, targetOf } from "./target.js";
+import { address, addressed, bitmapOf, bytesOf, nameOf, settleAt, targetOf } from "./target.js";
 import { markCurrent, walk } from "./trail.js";
 import { keep } from "./upload.js";
 import { openView, showView, viewOf } from "./views.js";
@@ -34,7 +34,6 @@ async function start() {
     app.encoders = (await callJson("encoders")).encoders;
     const named = addressed("encoder");
     choose(app.encoders.find((e) => e.name === named) ?? app.encoders.find((e) => e.default) ?? app.encoders[0]);
-    await enterGallery();
     await route();
     watchGallery(() => (app.shown && !viewOf(location.hash) ? refresh() : route()));
   } catch (error) {
@@ -52,7 +51,10 @@ async function route() {
   const view = viewOf(location.hash);
   if (view) return openView(view).catch((error) => complain(error, route));
   const target = targetOf(location.hash);
-  if (app.shown && (target ?? app.shown.target).key === app.shown.target.key) return settle(app.shown.target);
+  if (app.shown && (target ?? app.shown.target).key === app.shown.target.key) {
+    if (target) chooseIn(target.box);
+    return settle(app.shown.target);
+  }
   if (target) return open(target);
   const first = $("strip").querySelector("a");
   if (first) return open(targetOf(first.hash));
@@ -64,7 +66,7 @@ async function route() {
 function settle(target) {
   showView("view");
   document.title = `${nameOf(target)} · patchsight`;
-  if (location.hash !== target.key) history.replaceState(null, "", target.key);
+  settleAt(target);
 }
 
 /** Once more, and what the address names: the person may be on their way. */
@@ -167,19 +169,14 @@ onEntryChanged(async (gone) => {
   await route();
 });
 onFilled(filled);
-onGalleryChosen(route);
-$("only-label").addEventListener("change", refresh);
-$("key-dialog").querySelector("form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  $("key-dialog").close($("key").value.trim());
+onGalleryChosen(() => {
+  turn++; // what is on its way is of the gallery before
+  document.body.classList.remove("busy");
+  return route();
 });
-$("key-cancel").addEventListener("click", () => $("key-dialog").close(""));
+$("only-label").addEventListener("change", refresh);
 $("dismiss").addEventListener("click", () => ($("notice").hidden = true));
 $("add").addEventListener("submit", add);
-document.querySelector(".skip").addEventListener("click", (event) => {
-  event.preventDefault(); // the address says which view is open
-  document.querySelector("main:not([hidden])").focus();
-});
 watchPatches();
 watchAcross();
 watchCompare();

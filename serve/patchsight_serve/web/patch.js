@@ -5,8 +5,9 @@ import { $, place } from "./elements.js";
 import { complain } from "./messages.js";
 import { draw, squareOn } from "./picture.js";
 import { gridOf, likeness, tokensOf } from "./similarity.js";
-import { blockOf, inFrame, patchAt, patchesIn } from "./square.js";
+import { blockIn, blockOf, boxOf, inFrame, patchAt, patchesIn } from "./square.js";
 import { app } from "./state.js";
+import { settleAt } from "./target.js";
 
 const MOVES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
@@ -15,7 +16,7 @@ let cursor = [0, 0]; // [column, row]
 let anchor = null; // where a block begins that is being marked
 let drags = false;
 
-/** Lay the patches over the picture that is shown, none of them chosen. */
+/** Lay the patches over the picture that is shown; those of the target's box are chosen. */
 export function layPatches() {
   grid = gridOf(app.encoder);
   [anchor, drags] = [null, false];
@@ -27,6 +28,14 @@ export function layPatches() {
   place($("patches"), inFrame(squareOn(app.shown.bitmap), width, height));
   mark($("patch-chosen"), null);
   mark($("patch-cursor"), document.activeElement === $("patches") ? blockOf(cursor, cursor) : null);
+  if (app.shown.target.box) chooseIn(app.shown.target.box);
+}
+
+/** Choose the patches in a box of the picture that is shown, as the address has it; null: none. */
+export function chooseIn(box) {
+  const { chosen, target } = app.shown;
+  if (!grid || String(box) === String(chosen ? target.box : null)) return null;
+  return box ? choose(blockIn(box, grid, squareOn(app.shown.bitmap))) : leave();
 }
 
 export function watchPatches() {
@@ -48,7 +57,7 @@ export function watchPatches() {
   patches.addEventListener("focus", () => mark($("patch-cursor"), marked()));
   patches.addEventListener("blur", rest);
   patches.addEventListener("keydown", onKey);
-  $("patch-back").addEventListener("click", leave);
+  $("patch-back").addEventListener("click", leaveByHand);
 }
 
 const marked = () => blockOf(anchor ?? cursor, cursor);
@@ -72,7 +81,7 @@ function onKey(event) {
     mark($("patch-cursor"), marked());
     tell();
   } else if (event.key === "Enter" || event.key === " ") choose(marked());
-  else if (event.key === "Escape" && app.shown.chosen) leave();
+  else if (event.key === "Escape" && app.shown.chosen) leaveByHand();
   else return;
   event.preventDefault();
 }
@@ -95,6 +104,8 @@ async function choose(block) {
     const tokens = await shown.tokens;
     if (shown !== app.shown) return;
     shown.chosen = { block, grid, map: likeness(tokens, block) };
+    shown.target.box = boxOf(block, grid, squareOn(shown.bitmap));
+    settleAt(shown.target);
     draw();
     offerAcross();
     const count = patchesIn(block, grid).length;
@@ -109,10 +120,15 @@ async function choose(block) {
 
 /** Back to the attention. */
 function leave() {
-  app.shown.chosen = null;
+  app.shown.chosen = app.shown.target.box = null;
+  settleAt(app.shown.target);
   closeAcross();
   mark($("patch-chosen"), null);
   draw();
+}
+
+function leaveByHand() {
+  leave();
   $("patches").focus();
 }
 

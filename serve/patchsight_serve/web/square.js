@@ -33,6 +33,15 @@ export function boxOf({ left, top, right, bottom }, { h, w }, square) {
   return [across[0], down[0], across[1], down[1]].map((edge) => Math.min(Math.max(edge, 0), 1));
 }
 
+/** The block that such a region covers, of one patch at least. */
+export function blockIn([left, top, right, bottom], { h, w }, square) {
+  const edge = (share, n, least, most) => Math.min(Math.max(Math.round(share * n) || 0, least), most);
+  const [x0, x1] = [left, right].map((x) => (x - square.left) / square.width);
+  const [y0, y1] = [top, bottom].map((y) => (y - square.top) / square.height);
+  const first = { left: edge(x0, w, 0, w - 1), top: edge(y0, h, 0, h - 1) };
+  return { ...first, right: edge(x1, w, first.left + 1, w), bottom: edge(y1, h, first.top + 1, h) };
+}
+
 /** The numbers of a block's patches, row by row from the top left of the grid. */
 export function patchesIn({ left, top, right, bottom }, { w }) {
   const found = [];

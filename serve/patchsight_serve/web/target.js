@@ -1,16 +1,24 @@
-// What an address names: #/image/ID is a picture of the gallery, #/upload/N one of the person's own. What stands in
-// front of the # is kept on the way: ?encoder= that is chosen, ?beside= the one that it is compared with, ?gallery=.
+// What an address names: #/image/ID is a picture of the gallery, #/upload/N one of the person's own; behind them may
+// stand ?box=, the part of it whose patches are chosen. What stands in front of the # is kept on the way: ?encoder= that
+// is chosen, ?beside= the one that it is compared with, ?gallery=.
 
 import { call, ofGallery } from "./api.js";
 import { app } from "./state.js";
 
 const LARGE = 2 ** 21; // bytes
 
-/** A target: `{key, upload}`, `{key, id}`, or null. */
+/** A target: `{key, box, upload}`, `{key, box, id}`, or null. box: left, top, right, bottom as fractions, or null. */
 export function targetOf(hash) {
-  const [, kind, name] = hash.match(/^#\/(image|upload)\/([\w.-]+)$/) ?? [];
-  if (kind === "image") return { key: hash, id: name };
-  return kind === "upload" && app.uploads[name]?.url ? { key: hash, upload: app.uploads[name] } : null;
+  const [, key, kind, name, edges] = hash.match(/^(#\/(image|upload)\/([\w.-]+))(?:\?box=((?:[\d.]+,){3}[\d.]+))?$/) ?? [];
+  const box = edges?.split(",").map(Number) ?? null;
+  if (kind === "image") return { key, box, id: name };
+  return kind === "upload" && app.uploads[name]?.url ? { key, box, upload: app.uploads[name] } : null;
+}
+
+/** Have the address name a target. */
+export function settleAt({ key, box }) {
+  const hash = box ? `${key}?box=${box.map((edge) => Number(edge.toFixed(4)))}` : key;
+  if (location.hash !== hash) history.replaceState(null, "", hash);
 }
 
 /** What the address says in front of the #, under this name; null without. */

@@ -25,3 +25,8 @@ export function showView(id) {
     else link.removeAttribute("aria-current");
   }
 }
+
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the address says which view is open
+  document.querySelector("main:not([hidden])").focus();
+});

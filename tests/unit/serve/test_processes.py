@@ -6,8 +6,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -17,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+from process_group import PATIENCE_S, Group
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
@@ -25,34 +24,6 @@ from patchsight_serve.processes import bind, shares
 from patchsight_serve.settings import ServeSettings
 
 PNG = {"Content-Type": "image/png"}
-PATIENCE_S = 120
-
-
-class Group:
-    """A running supervisor. Its output is in the file `log`."""
-
-    def __init__(self, repository: Path, *flags: str) -> None:
-        self.log = Path("log").resolve()
-        line = [sys.executable, "-m", "patchsight_serve", "--port", "0", "--processes", "2", "--drain-delay-s", "0"]
-        line += ["--threads", "1", "--engine", "onnxruntime", "--model-repository", str(repository), *flags]
-        with self.log.open("w") as file:
-            self.process = subprocess.Popen(line, stdout=file, stderr=file, text=True)
-
-    def said(self, pattern: str, times: int = 1) -> list[str]:
-        """What the log says, as soon as it says it so many times."""
-        for _ in range(PATIENCE_S * 20):
-            found = re.findall(pattern, self.log.read_text())
-            if len(found) >= times:
-                return found
-            assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.05)
-        raise AssertionError(self.log.read_text())
-
-    def ready(self) -> str:
-        return self.said(r"2 processes running on (http://\S+)")[0]
-
-    def pids(self) -> list[int]:
-        return [int(pid) for pid in self.said(r"process (\d+) answers", 2)]
 
 
 @pytest.fixture
@@ -60,7 +31,8 @@ def start(tiny_bundle: Path) -> Iterator[Callable[..., Group]]:
     groups: list[Group] = []
 
     def start(*flags: str, repository: Path = tiny_bundle.parent) -> Group:
-        groups.append(Group(repository, *flags))
+        encoders = ("--threads", "1", "--engine", "onnxruntime", "--model-repository", str(repository))
+        groups.append(Group(*encoders, *flags))
         return groups[-1]
 
     yield start

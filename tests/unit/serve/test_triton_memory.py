@@ -2,6 +2,8 @@
 numbers is shown in tests/triton."""
 
 import asyncio
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 from grpc import StatusCode
 from tritonclient.utils import InferenceServerException
 
+from patchsight_serve import triton_leftovers
 from patchsight_serve.manifest import Manifest
 from patchsight_serve.triton_client import TritonFailure
 from patchsight_serve.triton_memory import TritonMemory
@@ -129,3 +132,47 @@ def test_after_a_failure_no_slot_of_before_is_used(manifest: Manifest) -> None:
         assert after not in (None, a.name, b.name)
 
     run(FakeTriton(None), manifest, work)
+
+
+def test_what_a_killed_gateway_left_behind_is_given_back(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here and at Triton; what a living one holds, and what is just being made, stays."""
+    (tmp_path / "manifest.json").write_text(manifest.model_dump_json())
+    program = (
+        "import sys, time; from patchsight_serve.manifest import Manifest; "
+        "from patchsight_serve.triton_memory import Slot; "
+        "slot = Slot(Manifest.model_validate_json(open(sys.argv[1]).read())); print(slot.name, flush=True); "
+        "time.sleep(100)"
+    )
+    line = [sys.executable, "-c", program, str(tmp_path / "manifest.json")]
+    others = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    names_there = [(other.stdout.readline() if other.stdout else "").strip() for other in others]
+    dead, living = (triton_leftovers.MEMORY / name for name in names_there)
+    others[0].kill()
+    others[0].wait()
+    triton = FakeTriton(None)
+    triton.known += names_there
+
+    async def first_call() -> None:
+        memory = TritonMemory(triton, manifest)  # type: ignore[arg-type]
+        assert await names(memory, 1) != [None]
+        await memory.aclose()
+
+    try:
+        monkeypatch.setattr(triton_leftovers, "YOUNG_S", 60.0)
+        asyncio.run(first_call())
+        assert dead.exists()
+        monkeypatch.setattr(triton_leftovers, "YOUNG_S", 0.0)
+        asyncio.run(first_call())
+        assert not dead.exists()
+        assert living.exists()
+        assert triton.known == [living.name]
+    finally:
+        others[1].kill()
+        others[1].wait()
+        for other in others:
+            assert other.stdout
+            other.stdout.close()
+        for path in (dead, living):
+            path.unlink(missing_ok=True)
