@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, BrowserContext, Page, ViewportSize, expect
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, ViewportSize, expect
 
 MODELS = Path(__file__).resolve().parents[2] / "model_repository"
 # Read now: tests run in a folder of their own, without the person's variables.
@@ -61,7 +61,10 @@ class Visit:
         self.problems: list[str] = []
         self.context.on("request", lambda request: self.requests.append(request.url))
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
-        self.page.on("console", lambda m: self.problems.append(m.text) if m.type in ("error", "warning") else None)
+        self.page.on("console", lambda m: self._note(m) if m.type in ("error", "warning") else None)
+
+    def _note(self, message: ConsoleMessage) -> None:
+        self.problems.append(f"{message.text} ({message.location.get('url')})")
 
     def open(self, path: str = "/") -> Page:
         """Go there and wait until a picture is shown."""

@@ -48,9 +48,9 @@ const askFor = (wanted, query = {}) => callJson(ofGallery("gallery/map", { metho
 
 /** While UMAP is being made, go along; and have the points move when it is there. */
 async function follow(umap, mine) {
-  while (UNFINISHED.includes(umap.state) && location.hash === "#/map") {
+  while (UNFINISHED.includes(umap.state)) {
     await pause(LOOK_MS);
-    if (mine !== turn) return;
+    if (mine !== turn || location.hash !== "#/map" || of !== galleryName()) return; // the person has gone on
     ({ umap } = await askFor("umap", { limit: 0 }));
     if (mine !== turn) return;
     shown.umap = umap;

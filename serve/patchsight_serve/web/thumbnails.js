@@ -1,14 +1,15 @@
 // The gallery's thumbnails. They are fetched, and shown as object URLs, as an <img> could not send the API key.
 
-import { call, ofGallery } from "./api.js";
+import { call, galleryName, ofGallery } from "./api.js";
 import { el } from "./elements.js";
 
 const KEPT = 500; // at the same time
 
 const thumbnails = new Map(); // path to a promise of an object URL
 
-function thumbnailUrl(id) {
-  const path = ofGallery(`gallery/images/${encodeURIComponent(id)}/thumbnail`);
+function thumbnailUrl(id, gallery) {
+  const other = gallery === galleryName() ? {} : { gallery };
+  const path = ofGallery(`gallery/images/${encodeURIComponent(id)}/thumbnail`, other);
   if (!thumbnails.has(path)) {
     const url = call(path).then(async (reply) => URL.createObjectURL(await reply.blob()));
     url.catch(() => thumbnails.delete(path));
@@ -23,10 +24,10 @@ function forget(path) {
   thumbnails.delete(path);
 }
 
-/** An <img> that gets its picture as soon as it is there. */
-export function thumbnail(id, alt) {
+/** An <img> that gets its picture as soon as it is there. gallery: by default the one that the page is about. */
+export function thumbnail(id, alt, gallery = galleryName()) {
   const image = el("img", { alt });
-  thumbnailUrl(id).then((url) => (image.src = url), () => (image.alt = `${alt} (no picture)`));
+  thumbnailUrl(id, gallery).then((url) => (image.src = url), () => (image.alt = `${alt} (no picture)`));
   return image;
 }
 

@@ -1,5 +1,6 @@
 // Thumbnails on a map, in the place of points: which points get one, and what is drawn of them.
 
+import { galleryName } from "./api.js";
 import { thumbnail } from "./thumbnails.js";
 
 const FEW = 150; // points on view, from which on down thumbnails appear
@@ -9,6 +10,7 @@ export const SIDE = 56; // pixels
 export class Tiles {
   #pictures = new Map(); // id to an <img>
   #loaded;
+  #gallery = galleryName(); // the page may be about another one by the time they are asked for
 
   /** loaded: called when a picture has come. */
   constructor(loaded) {
@@ -37,7 +39,7 @@ export class Tiles {
     for (const id of this.#pictures.keys()) if (!wanted.has(id)) this.#pictures.delete(id);
     for (const id of wanted) {
       if (this.#pictures.has(id)) continue;
-      const picture = thumbnail(id, "");
+      const picture = thumbnail(id, "", this.#gallery);
       picture.addEventListener("load", () => this.#pictures.has(id) && this.#loaded());
       this.#pictures.set(id, picture);
     }
