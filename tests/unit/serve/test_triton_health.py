@@ -142,7 +142,7 @@ def test_patience_grows_with_the_time_that_a_full_batch_takes() -> None:
     pace._seconds, pace._images = 0.05, 1.0
     triton = FakeTriton(None)
     watch(triton, lambda _: bool(triton.patience), pace)
-    assert triton.patience[0] == pytest.approx(2 * 0.05 * 64)
+    assert triton.patience[0] == pytest.approx(1.5 * 0.05 * 64)
     quick = Pace()
     quick._seconds, quick._images = 0.0001, 1.0
     triton = FakeTriton(None)
