@@ -4,36 +4,30 @@
     python benchmarks/gpu_serving.py --device cpu --brief --random   # that it runs at all
 
 Two shipped bundles, as they are served, and ViT-S/16 and ViT-B/16 at 224 px with random weights. Each is exported anew
-in several ways (`graphs`). Pictures go in as numpy arrays and numbers come out as such: the way over PCIe is in every
-rate. Rates are batch over the median time of a run. Errors are max|a − b| / max|b| against the fp32 graph on the CPU.
-All of an encoder is loaded, compiled and warmed up first, then timed in one go, so that another process (`--pause PID`)
+in several ways (gpu_graphs.py). Pictures go in as numpy arrays and numbers come out as such: the way over PCIe is in
+every rate. Rates are batch over the median time of a run. Errors are max|a − b| / max|b| against fp32 on the CPU. All
+of an encoder is loaded, compiled and warmed up first, then timed in one go, so that another process (`--pause PID`)
 stops only for that. Writes `benchmarks/results/gpu_serving.json`.
 """
 
 import argparse
-import copy
 import json
-import os
-import signal
 import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import torch
-from measure import ROOT, publish, save
-from onnxruntime.transformers.float16 import convert_float_to_float16
+from gpu_graphs import EMBEDDINGS, graphs
+from measure import ROOT, paused, publish, save
 from outputs import Plain
-from torch import Tensor, nn
+from torch import Tensor
 
-from patchsight_export.to_onnx import OUTPUTS, served, to_onnx
 from patchsight_serve.ort_encoder import OPTIONS, OrtEncoder
 from patchsight_serve.repository import PROVIDERS
 from patchsight_serve.trial_pictures import noise
@@ -46,54 +40,8 @@ RANDOM = {
     "ViT-S/16, 224 px": ViTConfig(image_size=224, patch_size=16, **SIZES["small"]),  # type: ignore[arg-type]
     "ViT-B/16, 224 px": ViTConfig(image_size=224, patch_size=16, **SIZES["base"]),  # type: ignore[arg-type]
 }
-EMBEDDINGS = OUTPUTS[:2]
 FULL, BRIEF = (1, 8, 32, 64, 128, 256), (1, 32, 256)
-KEPT = ("LayerNormalization", "Softmax")  # in fp32, in graphs that are converted to fp16
 Run = Callable[[np.ndarray], Any]
-
-
-def lowered(encoder: ViT, dtype: torch.dtype) -> ViT:
-    """A copy whose blocks compute in another precision as a whole; what is before and after them is float32, as ONNX
-    Runtime has no Conv of bf16."""
-    copied = copy.deepcopy(encoder)
-    copied.blocks.to(dtype)
-    copied.blocks[0].register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype),))
-    copied.norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
-    return copied
-
-
-class Float32(nn.Module):
-    """All outputs as float32: the attention of a lowered block is not."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        return tuple(output.float() for output in self.module(image))
-
-
-def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
-    half: onnx.ModelProto = convert_float_to_float16(copy.deepcopy(model), keep_io_types=True, op_block_list=list(KEPT))
-    return half
-
-
-def graphs(encoder: ViT) -> Iterator[tuple[str, Callable[[], onnx.ModelProto], dict[str, str]]]:
-    """Name, graph, and the options of the provider beside those that `OrtEncoder` gives it."""
-    size = encoder.config.image_size
-    full, full18 = to_onnx(served(encoder), size), to_onnx(served(encoder), size, opset=18)
-
-    def blocks_in(dtype: torch.dtype) -> onnx.ModelProto:
-        return to_onnx(Float32(served(lowered(encoder, dtype))), size)
-
-    yield "fp32", lambda: full, {"use_tf32": "0"}
-    yield "tf32", lambda: full, {"use_tf32": "1"}
-    yield "tf32, opset 18", lambda: full18, {"use_tf32": "1"}
-    yield "fp16", lambda: to_half(full), {}
-    yield "fp16, opset 18", lambda: to_half(full18), {}
-    yield "fp16 blocks", lambda: blocks_in(torch.float16), {}
-    yield "bf16 blocks", lambda: blocks_in(torch.bfloat16), {}
-    yield "fp16, embeddings alone", lambda: to_half(to_onnx(Plain(encoder), size, EMBEDDINGS)), {}
 
 
 MANY = ("tf32", "fp16")  # at more batch sizes, and with all outputs too
@@ -244,20 +192,6 @@ def random_vit(config: ViTConfig) -> ViT:
     for parameter in encoder.parameters():
         parameter.add_(torch.randn_like(parameter), alpha=0.02)
     return encoder
-
-
-@contextmanager
-def paused(pid: int | None) -> Iterator[None]:
-    """Another process stands still meanwhile."""
-    if pid is None:
-        yield
-        return
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        time.sleep(1.0)  # what it has given to the GPU is finished
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 def main() -> None:

@@ -23,8 +23,7 @@ from importlib.resources import as_file, files
 from threading import Thread
 from typing import Any
 
-from gpu_serving import paused
-from measure import ROOT, save
+from measure import ROOT, paused, save
 from PIL import Image
 
 from patchsight_serve.dataset import read_dataset

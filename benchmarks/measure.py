@@ -3,7 +3,11 @@
 import json
 import os
 import platform
+import signal
 import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,3 +63,17 @@ def versions() -> dict[str, str]:
         except ModuleNotFoundError:
             continue
     return found
+
+
+@contextmanager
+def paused(pid: int | None) -> Iterator[None]:
+    """Another process stands still meanwhile."""
+    if pid is None:
+        yield
+        return
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        time.sleep(1.0)  # what it has given to the GPU is finished
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
