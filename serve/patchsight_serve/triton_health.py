@@ -93,7 +93,7 @@ class TritonHealth:
 
     def _due(self) -> float:
         """Seconds until the last proof is too old."""
-        return max(self.heartbeat, self._checked) + self._every_s - time.monotonic()
+        return max(self.heartbeat, self._checked, self._began) + self._every_s - time.monotonic()
 
     async def _wait(self) -> bool:
         """Until an alarm, which is true, or until a probe may be due: proofs that come meanwhile put it off."""
