@@ -88,9 +88,8 @@ export const posting = (body) => ({ method: "POST", body, type: "application/oct
 export const galleryName = () => new URLSearchParams(location.search).get("gallery") || "default";
 
 /** A path that asks of the gallery that the page is about, or of the one that the query names. */
-export function ofGallery(path, query = {}) {
-  const gallery = new URLSearchParams(location.search).get("gallery");
-  const asked = new URLSearchParams(gallery ? { gallery, ...query } : query).toString();
+export function ofGallery(path, { gallery = galleryName(), ...query } = {}) {
+  const asked = new URLSearchParams(gallery === "default" ? query : { ...query, gallery }).toString();
   return asked ? `${path}?${asked}` : path;
 }
 

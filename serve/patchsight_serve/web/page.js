@@ -104,7 +104,8 @@ function fail(error, target) {
     showStrip();
     offerAll();
   }
-  history.replaceState(null, "", app.shown?.target.key ?? location.pathname + location.search);
+  if (app.shown) settleAt(app.shown.target);
+  else history.replaceState(null, "", location.pathname + location.search);
 }
 
 function show(shown) {

@@ -7,7 +7,7 @@ import { draw, squareOn } from "./picture.js";
 import { gridOf, likeness, tokensOf } from "./similarity.js";
 import { blockIn, blockOf, boxOf, inFrame, patchAt, patchesIn } from "./square.js";
 import { app } from "./state.js";
-import { settleAt } from "./target.js";
+import { settleAt, targetOf } from "./target.js";
 
 const MOVES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
@@ -28,7 +28,7 @@ export function layPatches() {
   place($("patches"), inFrame(squareOn(app.shown.bitmap), width, height));
   mark($("patch-chosen"), null);
   mark($("patch-cursor"), document.activeElement === $("patches") ? blockOf(cursor, cursor) : null);
-  if (app.shown.target.box) chooseIn(app.shown.target.box);
+  chooseIn(app.shown.target.box);
 }
 
 /** Choose the patches in a box of the picture that is shown, as the address has it; null: none. */
@@ -105,7 +105,7 @@ async function choose(block) {
     if (shown !== app.shown) return;
     shown.chosen = { block, grid, map: likeness(tokens, block) };
     shown.target.box = boxOf(block, grid, squareOn(shown.bitmap));
-    settleAt(shown.target);
+    if (targetOf(location.hash)?.key === shown.target.key) settleAt(shown.target); // else another view is open by now
     draw();
     offerAcross();
     const count = patchesIn(block, grid).length;

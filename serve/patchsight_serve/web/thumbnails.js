@@ -8,8 +8,7 @@ const KEPT = 500; // at the same time
 const thumbnails = new Map(); // path to a promise of an object URL
 
 function thumbnailUrl(id, gallery) {
-  const other = gallery === galleryName() ? {} : { gallery };
-  const path = ofGallery(`gallery/images/${encodeURIComponent(id)}/thumbnail`, other);
+  const path = ofGallery(`gallery/images/${encodeURIComponent(id)}/thumbnail`, { gallery });
   if (!thumbnails.has(path)) {
     const url = call(path).then(async (reply) => URL.createObjectURL(await reply.blob()));
     url.catch(() => thumbnails.delete(path));

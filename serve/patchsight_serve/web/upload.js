@@ -10,7 +10,7 @@ import { app } from "./state.js";
 export async function keep(upload, about, options = {}) {
   const gallery = galleryName();
   const said = Object.entries(about).filter(([, value]) => value);
-  const query = { ...Object.fromEntries(said), ...(app.gallery.encoder ? {} : { encoder: app.encoder.name }), gallery };
+  const query = { ...Object.fromEntries(said), ...(app.gallery.encoder ? {} : { encoder: app.encoder.name }) };
   const { results } = await callJson(ofGallery("gallery/images", query), { ...posting(upload.file), ...options });
   if (gallery === galleryName()) upload.id = results[0].id;
   return results[0];
