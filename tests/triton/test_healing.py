@@ -13,7 +13,7 @@ from measure import ROOT
 from triton_clients import HEALED_S, Seen, under_load
 
 ENCODER = "dino-vit-cifar10"  # the quickest that ships
-UNREADY_S = 3.0  # half a second of silence, then one and a half full batches at the pace of two cores for all
+UNREADY_S = 2.0
 
 
 def judge(seen: Seen, harmed: float, healed_from: float) -> None:
