@@ -24,6 +24,7 @@ OPTIONS = [
     ("grpc.keepalive_time_ms", 10_000),  # finds out about a host that is gone without a word
     ("grpc.keepalive_timeout_ms", 5000),
 ]
+CALL_S = 5.0  # for what is no inference
 T = TypeVar("T")
 Reason = Literal["unreachable", "unloaded", "broken"]
 

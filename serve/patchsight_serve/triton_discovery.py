@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from patchsight_serve.encoder import RemoteEncoder
 from patchsight_serve.errors import BundleError, DeadlineExceeded, NotReady
 from patchsight_serve.manifest import Manifest
-from patchsight_serve.triton_client import Triton
+from patchsight_serve.triton_client import CALL_S, Triton
 
 logger = logging.getLogger(__name__)
 
-CALL_S = 5.0
 PAUSE_S = 0.5
 
 

@@ -24,6 +24,7 @@ from patchsight_serve.timing import Timing
 from patchsight_serve.triton_client import Triton, TritonFailure, on_this_host
 from patchsight_serve.triton_config import BULK, INTERACTIVE, MAX_BATCH, PROBE
 from patchsight_serve.triton_health import TritonHealth
+from patchsight_serve.triton_leftovers import sweep
 from patchsight_serve.triton_memory import Slot, TritonMemory
 from patchsight_serve.waiting import Item, Result, Waiting
 
@@ -65,12 +66,15 @@ class TritonEngine(Admission):
         await self._stack.enter_async_context(self._triton)
         if self._memory is not None:
             self._stack.push_async_callback(self._memory.aclose)
-        watch = asyncio.create_task(self.health.watch(), name=f"watch {self.manifest.name}")
+        background = [asyncio.create_task(self.health.watch(), name=f"watch {self.manifest.name}")]
+        if self._memory is not None:
+            background.append(asyncio.create_task(sweep(self._triton), name=f"sweep for {self.manifest.name}"))
 
         async def end() -> None:
-            for task in (watch, *self._calls):
+            tasks = [*background, *self._calls]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(watch, *self._calls, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
         self._stack.push_async_callback(end)
         return self

@@ -3,6 +3,7 @@
 A gateway holds each of its regions locked: the number of a process says nothing where containers share their memory.
 """
 
+import asyncio
 import os
 import time
 from collections.abc import Iterator
@@ -11,12 +12,11 @@ from pathlib import Path
 
 from patchsight_serve.errors import PatchsightError
 from patchsight_serve.lock import locked
-from patchsight_serve.triton_client import Triton, said
+from patchsight_serve.triton_client import CALL_S, Triton, said
 
 MEMORY = Path("/dev/shm")
 PREFIX = "patchsight-"
 YOUNG_S = 10.0  # a region is there for a moment before it is locked
-CALL_S = 5.0
 
 
 def hold(name: str) -> int:
@@ -37,8 +37,9 @@ def left_behind() -> Iterator[str]:
 
 
 async def sweep(triton: Triton) -> None:
-    """Have Triton forget them, and give their memory back. What Triton never knew, or a Triton that is gone, is no
-    hindrance."""
+    """Have Triton forget them, and give their memory back, once those of a gateway that has just died are no longer
+    young. What Triton never knew, or a Triton that is gone, is no hindrance."""
+    await asyncio.sleep(YOUNG_S)
     for name in left_behind():
         with suppress(PatchsightError):
             await said(triton.client.unregister_system_shared_memory(name, client_timeout=CALL_S))

@@ -21,9 +21,9 @@ from tritonclient.utils import shared_memory
 from patchsight_serve.encoder import Pixels, Values
 from patchsight_serve.errors import PatchsightError
 from patchsight_serve.manifest import Manifest
-from patchsight_serve.triton_client import Triton, TritonFailure, said
+from patchsight_serve.triton_client import CALL_S, Triton, TritonFailure, said
 from patchsight_serve.triton_config import MAX_BATCH
-from patchsight_serve.triton_leftovers import CALL_S, PREFIX, hold, sweep
+from patchsight_serve.triton_leftovers import PREFIX, hold
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class TritonMemory:
         self._triton, self._manifest = triton, manifest
         self._free: list[Slot] = []
         self._count = 0  # free, in use and resting
-        self._off = self._swept = False
+        self._off = False
         self._resting: dict[Slot, asyncio.Task[None]] = {}
 
     async def aclose(self) -> None:
@@ -114,9 +114,6 @@ class TritonMemory:
     async def _new(self) -> Slot | None:
         if self._off or self._count == SLOTS:
             return None
-        if not self._swept:
-            self._swept = True
-            await sweep(self._triton)
         try:
             slot = Slot(self._manifest)
         except (shared_memory.SharedMemoryException, OSError) as error:

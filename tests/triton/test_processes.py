@@ -17,7 +17,6 @@ from process_group import PATIENCE_S, Group
 
 from patchsight_serve.decode import decode
 from patchsight_serve.ort_encoder import OrtEncoder
-from patchsight_serve.triton_leftovers import YOUNG_S
 
 ENCODER = "dino-vit-cifar10"
 NPY = {"Accept": "application/x-npy"}
@@ -60,12 +59,15 @@ def test_both_answer_and_one_that_is_killed_leaves_nothing_behind(group: Group, 
         raise AssertionError(f"{pids}: {[regions(pid) for pid in pids]}")
 
     ask_until(first, second)
-    time.sleep(YOUNG_S)
     os.kill(first, signal.SIGKILL)
     group.said(rf"process {first} died with status -9")
     assert regions(first)
     (*_, third) = [int(pid) for pid in group.said(r"process (\d+) answers", 3)]
     ask_until(second, third)
+    for _ in range(300):  # it looks for what was left behind some seconds after its start
+        if not regions(first):
+            break
+        time.sleep(0.1)
     assert regions(first) == []
 
     group.process.send_signal(signal.SIGTERM)
