@@ -22,7 +22,7 @@ class OpenvinoEncoder:
 
     bundle: the folder `model_repository/<name>`.
     threads: of one run; None takes one per core.
-    precision: what it computes in, whatever the processor could do.
+    precision: what it computes in, whatever the processor could do; what follows the last block is fp32 in any case.
 
     Raises:
         BundleError: the bundle is damaged, its ONNX file says something else than encoder.json, OpenVINO is not
@@ -43,6 +43,8 @@ class OpenvinoEncoder:
         try:
             model = core.read_model(graph)
             self._check(model)
+            if precision == "bf16":
+                _end_in_fp32(model)
             options = {
                 "INFERENCE_PRECISION_HINT": HINTS[precision],  # always: by itself OpenVINO takes bf16 where there is
                 "INFERENCE_NUM_THREADS": threads or 0,
@@ -76,6 +78,25 @@ def capabilities(core: Any) -> list[str]:
     """What the processor has arithmetic for, for example FP32, BF16, INT8."""
     found: list[str] = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return found
+
+
+def _end_in_fp32(model: Any) -> None:
+    """Have embeddings whitened in fp32. OpenVINO computes every product of matrices in bf16, and from 9 rows on by
+    other kernels, so that an embedding would depend on how many images are run with it. What comes after the last
+    product it leaves in fp32: the whitening is written as a sum.
+    """
+    import openvino.opset13 as ops
+
+    for product in [op for op in model.get_ops() if op.get_type_name() == "MatMul"]:
+        (result,) = product.outputs()
+        if not any(name.endswith("_embedding") for name in result.get_names()):
+            continue
+        vectors, weights = product.input_values()  # (N, D) and (D, D')
+        terms = ops.multiply(ops.unsqueeze(vectors, ops.constant(np.array(2))), weights)
+        total = ops.reduce_sum(terms, ops.constant(np.array([1])), keep_dims=False).output(0)
+        total.set_names(result.get_names())
+        for reader in result.get_target_inputs():
+            reader.replace_source_output(total)
 
 
 def _openvino() -> Any:

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from measure import ROOT
 
 from patchsight_serve import openvino_encoder
 from patchsight_serve.errors import BundleError
 from patchsight_serve.openvino_encoder import OpenvinoEncoder
 from patchsight_serve.ort_encoder import OrtEncoder
-from patchsight_serve.trial_pictures import noise
+from patchsight_serve.trial_pictures import noise, photos
 
 
 @pytest.fixture
@@ -83,6 +84,38 @@ def test_fp32_is_what_it_computes_in_unless_asked(tiny_bundle: Path, monkeypatch
     assert errors["bf16"] < 2e-2 * np.abs(expected).max()
     if "avx512" in Path("/proc/cpuinfo").read_text():
         assert errors["bf16"] > 1e-4 * np.abs(expected).max()
+
+
+@pytest.fixture
+def whitened(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A bundle that whitens, on a processor that says it has bf16: OpenVINO emulates it where it has not."""
+    monkeypatch.setattr(openvino_encoder, "capabilities", lambda _: ["FP32", "BF16"])
+    return ROOT / "model_repository" / "dino-vit-cifar10"
+
+
+def test_bf16_whitens_in_fp32(whitened: Path) -> None:
+    """The embedding is, to fp32's last digits, what whitening makes of the patch tokens that came with it."""
+    weights = {
+        w.name: onnx.numpy_helper.to_array(w) for w in onnx.load(whitened / "1" / "model.onnx").graph.initializer
+    }
+    encoder = OpenvinoEncoder(whitened, 1, "bf16")
+    found = encoder.run(photos(encoder.manifest.transform), ["patch_tokens", "mean_embedding"])
+    tokens = found["patch_tokens"]
+    mean = tokens.reshape(len(tokens), -1, tokens.shape[-1]).mean(axis=1)
+    unit = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+    expected = (unit - weights["mean.mean"]) @ weights["mean.W"]
+    np.testing.assert_allclose(found["mean_embedding"], expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_an_image_alone_has_the_embedding_that_it_has_among_others_in_bf16(whitened: Path) -> None:
+    """From 9 rows on, OpenVINO's products of matrices are other kernels' on processors with AMX."""
+    encoder = OpenvinoEncoder(whitened, 1, "bf16")
+    images = photos(encoder.manifest.transform, 24)
+    names = ["cls_embedding", "mean_embedding", "both_embedding"]
+    alone = [encoder.run(images[i : i + 1], names) for i in range(len(images))]
+    together = encoder.run(images, names)
+    for name in names:
+        np.testing.assert_array_equal(np.concatenate([one[name] for one in alone]), together[name], err_msg=name)
 
 
 def test_bf16_where_the_processor_has_none_is_refused(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
