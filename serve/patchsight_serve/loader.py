@@ -9,6 +9,7 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import replace
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -120,18 +121,20 @@ class Loader:
     def _key(self, manifest: Manifest, precision: str) -> str:
         """Everything that a trial depends on."""
         threads = self._settings.threads or os.cpu_count()
-        return f"{manifest.sha256} {precision} · {_processor()} · threads {threads} · {_versions()}"
+        return f"{manifest.sha256} {precision} · {processor()} · threads {threads} · {_versions()}"
 
 
 def _worth_it(trial: Trial) -> bool:
     return trial.speed >= FASTER and trial.difference <= SAME
 
 
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Its name, and a digest of what it can do: virtual machines with bf16 and without have the same name."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    told = [line.partition(":") for line in lines]
+    name = next((value.strip() for key, _, value in told if key.strip() == "model name"), platform.processor())
+    flags = next((value for key, _, value in told if key.strip() in ("flags", "Features")), "")
+    return f"{name or platform.machine()} {sha256(flags.encode()).hexdigest()[:8]}"
 
 
 def _versions() -> str:

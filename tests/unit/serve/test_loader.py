@@ -133,6 +133,19 @@ def test_a_damaged_bundle_is_an_error_whatever_the_engine(make_bundle: Callable[
             engine(bundle, tmp_path, engine=choice)
 
 
+def test_a_processor_is_known_by_what_it_can_do(tmp_path: Path) -> None:
+    """Virtual machines hide which one it is: this name stands on some with bf16 and on some without."""
+    told = "processor\t: 0\nmodel name\t: Intel(R) Xeon(R) Processor\nflags\t\t: fpu avx512f{}\n"
+    names = []
+    for i, more in enumerate(("", " amx_bf16", "")):
+        cpuinfo = tmp_path / str(i)
+        cpuinfo.write_text(told.format(more))
+        names.append(loader.processor(cpuinfo))
+    assert names[0] == names[2] != names[1]
+    assert all(name.startswith("Intel(R) Xeon(R) Processor ") for name in names)
+    assert loader.processor(tmp_path / "none")
+
+
 def test_bf16_is_refused_on_a_processor_without(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
