@@ -1,6 +1,6 @@
 """What does an image cost, at saturation? All servers of serving.py at once, asked in turn, two seconds at a time.
 
-    python benchmarks/saturation.py      # 6 minutes; needs two cores, and better nobody else on them
+    python benchmarks/saturation.py      # 7 minutes; needs two cores, and better nobody else on them
 
 serving.py goes through its servers in rounds of minutes. On a processor that others use, which changes its speed from
 one minute to the next, that compares minutes, not servers. Here a ratio is taken within its round of turns, and the
@@ -12,6 +12,7 @@ import argparse
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ CONNECTIONS = 8
 REFERENCE = "fastapi"
 BATCH, QUEUE = 4, 16  # as in serving.py
 LEAST_COSINE = 0.999
+LEFT_S = 0.6  # after a turn: a server computes on for clients that have gone
 
 
 @contextmanager
@@ -59,6 +61,12 @@ def targets(names: list[str], bundle: Path, photos: list[bytes]) -> Iterator[dic
                 continue
             found[name] = Target(url, pid, requests)
         yield found
+
+
+def rotated(names: list[str], by: int) -> list[str]:
+    """Another is the first, so that nobody always comes after the same one."""
+    by %= len(names)
+    return names[by:] + names[:by]
 
 
 def figures_of(turns: dict[str, list[Saturated]]) -> dict[str, Any]:
@@ -93,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--servers", nargs="+", choices=list(CONTENDERS), default=usual())
     parser.add_argument("--encoder", default="simclr-vit-tiny-photos")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=2.0, help="of a turn")
     parser.add_argument("--dry", action="store_true", help="neither save nor publish")
     arguments = parser.parse_args()
@@ -103,8 +111,9 @@ def main() -> None:
     with targets(names, ROOT / "model_repository" / arguments.encoder, photos) as servers:
         turns: dict[str, list[Saturated]] = {name: [] for name in servers}
         for number in range(arguments.rounds + 1):
-            for name, target in servers.items():
-                seen = target.saturate(CONNECTIONS, arguments.seconds)
+            for name in rotated(list(servers), number):
+                seen = servers[name].saturate(CONNECTIONS, arguments.seconds)
+                time.sleep(LEFT_S)
                 if number:  # the first round warms up
                     turns[name].append(seen)
             costs = ", ".join(f"{name} {seen[-1].cpu_ms:.1f}" for name, seen in turns.items() if seen)
