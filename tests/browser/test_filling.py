@@ -107,6 +107,36 @@ def test_a_folder_goes_in_past_bad_files_and_a_full_server(empty: Visit, photos:
     empty.end(allowed=r"status of (404|415|422|429)|ERR_FILE_NOT_FOUND")
 
 
+def drop(visit: Visit, *paths: Path) -> None:
+    """As the file manager of a person does, over the middle of the page."""
+    devtools = visit.context.new_cdp_session(visit.page)
+    data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        devtools.send("Input.dispatchDragEvent", {"type": kind, "x": 600, "y": 400, "data": data})
+
+
+def test_folders_are_dropped(empty: Visit, photos: list[bytes], tmp_path: Path) -> None:
+    """Folders in folders, more files than a browser tells at a time, a file beside them, what systems leave there."""
+    for i in range(130):
+        file = tmp_path / "pictures" / ("cats" if i < 120 else "dogs/small") / f"{i}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(photos[i % 20] + bytes([i]))  # bytes behind a picture's end make another file of it
+    (tmp_path / "pictures" / ".hidden").write_text("no picture")
+    (tmp_path / "pictures" / "cats" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "alone.jpg").write_bytes(photos[0] + b"alone")
+    page = empty.page
+    page.route("**/embed?*", lambda _: None)
+    drop(empty, tmp_path / "pictures", tmp_path / "alone.jpg")
+    expect(page.get_by_label("The name of its folder")).to_be_checked()
+    page.get_by_role("button", name="Add all 131 to the gallery").click()
+    expect(page.locator("#filling-text")).to_have_text("131 pictures added.")
+    found = httpx.get(f"{empty.url}/gallery", params={"gallery": "test_folders_are_dropped"}).json()
+    assert found["count"] == 131
+    labels = [image["label"] for image in stored(empty)]
+    assert set(labels) <= {"cats", "small", None}
+    empty.end(allowed=r"status of 404")
+
+
 def test_a_lost_server_is_waited_for_and_the_rest_can_be_canceled(empty: Visit, photos: list[bytes]) -> None:
     page = empty.page
     page.locator("#file").set_input_files(files(photos))

@@ -103,6 +103,36 @@ def test_the_map_by_hand_and_by_key(visit: Visit) -> None:
     visit.end()
 
 
+def test_two_fingers(browser: Browser, url: str) -> None:
+    """They spread to three times their distance: what lies between them stays there, three times as large."""
+    visit = Visit(browser, url, PHONE)
+    page = open_map(visit)
+    page.get_by_role("radio", name="Components").check()
+    page.wait_for_timeout(1200)
+    reply, before = ask(visit.url, method="pca"), view(page)
+    canvas = page.locator("#plane")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    assert box
+    at = places(page, reply)
+    middle = np.array([0.4 * box["width"], 0.5 * box["height"]])
+    devtools = visit.context.new_cdp_session(page)
+
+    def touch(kind: str, apart: float | None = None) -> None:
+        x, y = box["x"] + middle[0], box["y"] + middle[1]
+        fingers = [] if apart is None else [{"x": x + side * apart, "y": y, "id": i} for i, side in enumerate((-1, 1))]
+        devtools.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": fingers})
+
+    touch("touchStart", 20)
+    for apart in np.linspace(20, 60, 21)[1:]:
+        touch("touchMove", float(apart))
+    touch("touchEnd")
+    assert view(page)["scale"] == pytest.approx(3 * before["scale"], rel=0.02)
+    np.testing.assert_allclose(places(page, reply), middle + 3 * (at - middle), atol=4)
+    expect(page).to_have_url(f"{visit.url}/#/map")  # a pinch is no click
+    visit.end()
+
+
 def test_umap_arrives_and_the_points_move(browser: Browser, url: str) -> None:
     for name, viewport, scheme in (
         ("map", DESKTOP, "light"),
