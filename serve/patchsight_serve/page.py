@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 from fastapi import APIRouter
 from starlette.responses import FileResponse, Response
@@ -28,6 +29,8 @@ PAGE_HEADERS = FILE_HEADERS | {
 DOCS_POLICY = POLICY.partition("; require-trusted-types-for")[0].replace("blob:", "blob: data:")
 DOCS_HEADERS = PAGE_HEADERS | {"Content-Security-Policy": DOCS_POLICY}
 
+FILES = SimpleNamespace(path="/static/{file}")
+
 
 class PageFiles(StaticFiles):
     """The files below `web/`, never taken for another type than the one they are sent as."""
@@ -39,6 +42,7 @@ class PageFiles(StaticFiles):
         self, full_path: str | os.PathLike[str], stat_result: os.stat_result, scope: Scope, status_code: int = 200
     ) -> Response:
         """A file, or 304."""
+        scope["route"] = FILES  # a mount names none to the counters; what is not there stays unknown to them
         response = super().file_response(full_path, stat_result, scope, status_code)
         response.headers.update(PAGE_HEADERS if str(full_path).endswith(".html") else FILE_HEADERS)
         return response

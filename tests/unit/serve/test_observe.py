@@ -48,7 +48,9 @@ def test_requests_are_counted_by_template_and_code(client: TestClient, png: byte
     client.get("/encoders/fake")
     client.get("/encoders/missing")
     client.get("/embed")
-    for path in ("/a", "/b", "/c/d"):
+    tag = client.get("/static/page.js").headers["etag"]
+    client.get("/static/page.js", headers={"If-None-Match": tag})
+    for path in ("/a", "/b", "/static/d"):
         client.get(path)
     counted = metrics(client)
     total = "patchsight_requests_total"
@@ -56,6 +58,8 @@ def test_requests_are_counted_by_template_and_code(client: TestClient, png: byte
     assert counted[total, labels(method="POST", route="/embed", code="415")] == 1
     assert counted[total, labels(method="GET", route="/encoders/{name}", code="200")] == 1
     assert counted[total, labels(method="GET", route="/encoders/{name}", code="404")] == 1
+    for code in ("200", "304"):
+        assert counted[total, labels(method="GET", route="/static/{file}", code=code)] == 1
     assert counted[total, labels(method="any", route="unknown", code="404")] == 3
     assert counted["patchsight_request_duration_seconds_count", labels(route="/embed")] >= 2
 
