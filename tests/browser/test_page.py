@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 from PIL import Image
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Route, expect
 from visit import DESKTOP, PHONE, Visit, jpeg, ranks, start, unpacked
 
 
@@ -128,6 +128,29 @@ def test_walk_from_neighbor_to_neighbor_and_back(visit: Visit, photo: bytes) -> 
     links.first.click()
     visit.shown("mine.jpg")
     expect(page.locator("#trail")).to_be_hidden()
+    visit.end()
+
+
+def test_a_picture_that_comes_late_does_not_lead_away_from_the_map(visit: Visit) -> None:
+    page = visit.open()
+    before = page.locator("#picture-name").inner_text()
+    held: list[Route] = []
+    page.route("**/embed?*", lambda route: held.append(route))
+    page.locator("#neighbors a").first.click()
+    expect(page.locator("body")).to_have_class("busy")
+    page.locator("nav").get_by_role("link", name="Map").click()
+    expect(page.locator("#plane[data-scale]")).to_be_visible()
+    expect(page.locator("body")).not_to_have_class("busy")
+    for route in held:
+        route.continue_()
+    page.wait_for_load_state("networkidle")
+    expect(page).to_have_url(f"{visit.url}/#/map")
+    expect(page.locator("#plane")).to_be_visible()
+    page.unroute("**/embed?*")
+    page.locator("nav").get_by_role("link", name="Picture").click()
+    visit.shown(before)
+    page.locator("#neighbors a").first.click()
+    expect(page.locator("#picture-name")).not_to_have_text(before)
     visit.end()
 
 

@@ -49,7 +49,10 @@ async function route() {
     return complain(error, route);
   }
   const view = viewOf(location.hash);
-  if (view) return openView(view).catch((error) => complain(error, route));
+  if (view) {
+    turn += 1; // a picture that is on its way leads nobody back from there
+    return openView(view).catch((error) => complain(error, route));
+  }
   const target = targetOf(location.hash);
   if (app.shown && (target ?? app.shown.target).key === app.shown.target.key) {
     if (target) chooseIn(target.box);

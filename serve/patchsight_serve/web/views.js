@@ -12,6 +12,7 @@ export const viewOf = (hash) => hash.match(/^#\/(map|groups)$/)?.[1] ?? null;
 
 export function openView(name) {
   showView(name);
+  document.body.classList.remove("busy"); // with a picture that is not waited for any more
   document.title = `${TITLES[name]} · patchsight`;
   return VIEWS[name]();
 }
