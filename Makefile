@@ -13,7 +13,7 @@ triton: .serve-venv/.built .triton-venv/.built ## a real NVIDIA Triton with the 
 	.serve-venv/bin/patchsight-models triton --to .triton-venv/models
 	.serve-venv/bin/python -m patchsight_serve.triton_server .triton-venv .triton-venv/models
 
-test: .venv/.built .triton-venv/.built ## every test, by two processes: 46 minutes on 2 slow cores
+test: .venv/.built .triton-venv/.built ## every test, by two processes: 24 to 46 minutes on 2 cores
 	.venv/bin/python -m pytest -m "not acceptance" -n 2 --dist loadfile
 
 check: .venv/.built ## lint, types, import directions
