@@ -17,6 +17,8 @@ from patchsight_serve.openvino_encoder import OpenvinoEncoder
 from patchsight_serve.ort_encoder import OrtEncoder
 from patchsight_serve.trial_pictures import noise, photos
 
+HAS_BF16 = any(flag in Path("/proc/cpuinfo").read_text() for flag in ("avx512_bf16", "amx_bf16"))
+
 
 @pytest.fixture
 def any_size(make_bundle: Callable[..., Path], tmp_path: Path, rewrite: Callable[..., Path]) -> Path:
@@ -108,14 +110,19 @@ def test_bf16_whitens_in_fp32(whitened: Path) -> None:
 
 
 def test_an_image_alone_has_the_embedding_that_it_has_among_others_in_bf16(whitened: Path) -> None:
-    """From 9 rows on, OpenVINO's products of matrices are other kernels' on processors with AMX."""
+    """From 9 rows on, OpenVINO's products of matrices are other kernels' on processors with AMX. To the last bit where
+    there is bf16; what emulates it does not round alike at every size."""
     encoder = OpenvinoEncoder(whitened, 1, "bf16")
     images = photos(encoder.manifest.transform, 24)
     names = ["cls_embedding", "mean_embedding", "both_embedding"]
     alone = [encoder.run(images[i : i + 1], names) for i in range(len(images))]
     together = encoder.run(images, names)
     for name in names:
-        np.testing.assert_array_equal(np.concatenate([one[name] for one in alone]), together[name], err_msg=name)
+        a, b = np.concatenate([one[name] for one in alone]), together[name]
+        if HAS_BF16:
+            np.testing.assert_array_equal(a, b, err_msg=name)
+        cosines = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+        assert cosines.min() > 0.9999, name
 
 
 def test_bf16_where_the_processor_has_none_is_refused(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
