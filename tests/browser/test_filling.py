@@ -137,6 +137,50 @@ def test_folders_are_dropped(empty: Visit, photos: list[bytes], tmp_path: Path) 
     empty.end(allowed=r"status of 404")
 
 
+# No permission keeps root from reading, so the browser's entries are had to fail: a file "gone.jpg", a folder "locked".
+UNREADABLE = """() => {
+    const fail = (_, failed) => failed(new DOMException("not to be read", "NotReadableError"));
+    const { webkitGetAsEntry } = DataTransferItem.prototype;
+    DataTransferItem.prototype.webkitGetAsEntry = function () {
+        const folder = webkitGetAsEntry.call(this);
+        const { createReader } = folder;
+        folder.createReader = () => {
+            const reader = createReader.call(folder);
+            const { readEntries } = reader;
+            reader.readEntries = (done, failed) => readEntries.call(reader, (entries) => {
+                for (const entry of entries) {
+                    if (entry.name === "gone.jpg") entry.file = fail;
+                    if (entry.name === "locked") entry.createReader = () => ({ readEntries: fail });
+                }
+                done(entries);
+            }, failed);
+            return reader;
+        };
+        return folder;
+    };
+}"""
+
+
+def test_what_cannot_be_read_of_a_folder_is_named_and_harms_nothing(
+    empty: Visit, photos: list[bytes], tmp_path: Path
+) -> None:
+    for name in ("a.jpg", "gone.jpg", "locked/b.jpg", "open/c.jpg"):
+        file = tmp_path / "pictures" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(photos[len(name)])
+    page = empty.page
+    page.evaluate(UNREADABLE)
+    page.route("**/embed?*", lambda _: None)
+    drop(empty, tmp_path / "pictures")
+    page.get_by_role("button", name="Add all 4 to the gallery").click()
+    expect(page.locator("#filling-text")).to_have_text("2 pictures added · 2 refused.")
+    bad = page.locator("#bad-files li").all_inner_texts()
+    assert sorted(text.partition(": ")[0] for text in bad) == ["pictures/gone.jpg", "pictures/locked"]
+    assert {image["metadata"]["path"] for image in stored(empty)} == {"pictures/a.jpg", "pictures/open/c.jpg"}
+    print(bad)
+    empty.end(allowed=r"status of (400|404|415|422)")
+
+
 def test_a_lost_server_is_waited_for_and_the_rest_can_be_canceled(empty: Visit, photos: list[bytes]) -> None:
     page = empty.page
     page.locator("#file").set_input_files(files(photos))
