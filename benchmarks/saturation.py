@@ -10,56 +10,43 @@ photos, clients, cores, the ONNX file and what each server was told.
 
 import argparse
 import os
-import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import photo_mix
 from contenders import CONTENDERS, Terms
 from measure import ROOT, publish, save
-from peers.bare_encoder import BareEncoder
-from pinned_server import running, stand_aside
-from serving import DISTINCT, Target, cosine, usual
+from pinned_server import stand_aside
+from serving import BATCH, DISTINCT, FAILURES, QUEUE, Target, bare_embedding, started, usual
 from serving_record import Saturated
 from triton_process import free_port
 
 CONNECTIONS = 8
 REFERENCE = "fastapi"
-BATCH, QUEUE = 4, 16  # as in serving.py
-LEAST_COSINE = 0.999
 LEFT_S = 0.6  # after a turn: a server computes on for clients that have gone
 
 
 @contextmanager
 def targets(names: list[str], bundle: Path, photos: list[bytes]) -> Iterator[dict[str, Target]]:
     """Every server that starts and embeds as the bare encoder does; of the others it is said why not."""
-    encoder = BareEncoder(bundle)
-    wanted = encoder.embed([encoder.pixels(photos[0])])[0]
+    wanted = bare_embedding(bundle, photos[0])
     found: dict[str, Target] = {}
     with ExitStack() as stack:
         for name in names:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="s", ignore_cleanup_errors=True)))
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="s", ignore_cleanup_errors=True)))
             terms = Terms(bundle, BATCH, QUEUE, free_port(), folder)
-            requests = [CONTENDERS[name].request(photo) for photo in photos]
-            url = f"http://127.0.0.1:{terms.port}"
             try:
-                command = CONTENDERS[name].command(terms)
-                server = running(command, terms.environment(), url, requests[0], folder / "log")
-                pid, answer = stack.enter_context(server)
-                if (same := cosine(answer, wanted)) < LEAST_COSINE:
-                    raise RuntimeError(f"its embedding is another: cosine {same:.4f}")
-            except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+                found[name], _ = stack.enter_context(started(CONTENDERS[name], terms, photos, wanted))
+            except FAILURES as error:
                 if name == REFERENCE:
                     raise
                 print(f"{name}: {' '.join(str(error).split())}", flush=True)
-                continue
-            found[name] = Target(url, pid, requests)
         yield found
 
 

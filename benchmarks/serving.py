@@ -16,6 +16,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -24,6 +26,7 @@ from typing import Any
 
 import load_generator
 import numpy as np
+import openvino
 import photo_mix
 import process_tree
 from contenders import APPS, CONTENDERS, Contender, Terms
@@ -36,7 +39,12 @@ from serving_record import LIMIT_S, Offered, Record, Saturated
 from serving_report import draw, tables
 from triton_process import free_port
 
+from patchsight_serve.openvino_encoder import capabilities
+
 OVERLOADS = (2, 10)  # times saturation
+BATCH, QUEUE = 4, 16  # most images of a batch, and most in work; one core gains nothing by more
+LEAST_COSINE = 0.999
+FAILURES = (RuntimeError, OSError, subprocess.SubprocessError)
 DISTINCT = 400  # more than are under way at any time: patchsight computes equal files once, and shall not gain by it
 
 
@@ -106,22 +114,40 @@ def visit(target: Target, plan: Plan, record: Record, ours: Record | None, seed:
         record.overload.setdefault(times, []).append(offered)
 
 
+@contextmanager
+def started(
+    contender: Contender, terms: Terms, photos: list[bytes], wanted: "np.ndarray[Any, Any]"
+) -> Iterator[tuple[Target, float]]:
+    """The server, until the block ends, and the cosine of its first embedding with the bare encoder's.
+
+    Raises one of FAILURES where it does not start, or embeds otherwise.
+    """
+    requests = [contender.request(photo) for photo in photos]
+    url, command = f"http://127.0.0.1:{terms.port}", contender.command(terms)
+    with running(command, terms.environment(), url, requests[0], terms.scratch / "log") as (pid, answer):
+        same = cosine(answer, wanted)
+        if same < LEAST_COSINE:
+            raise RuntimeError(f"its embedding is another: cosine {same:.4f}")
+        yield Target(url, pid, requests), same
+
+
 def attempt(name: str, contender: Contender, plan: Plan, terms: Terms, record: Record, **rest: Any) -> None:
     """A round with one server; what goes wrong is its record's failure."""
-    requests = [contender.request(photo) for photo in rest.pop("photos")]
-    wanted = rest.pop("wanted")
-    url = f"http://127.0.0.1:{terms.port}"
+    photos, wanted = rest.pop("photos"), rest.pop("wanted")
     try:
-        command = contender.command(terms)
         record.version = version_of(name) if name in PACKAGES else ""
-        with running(command, terms.environment(), url, requests[0], terms.scratch / "log") as (pid, answer):
-            record.cosine = cosine(answer, wanted)
-            if record.cosine < 0.999:
-                raise RuntimeError(f"its embedding is another: cosine {record.cosine:.4f}")
-            visit(Target(url, pid, requests), plan, record, **rest)
-    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        with started(contender, terms, photos, wanted) as (target, record.cosine):
+            visit(target, plan, record, **rest)
+    except FAILURES as error:
         record.failure = " ".join(str(error).split())
         print(f"{record.label}: {record.failure}", flush=True)
+
+
+def bare_embedding(bundle: Path, photo: bytes) -> "np.ndarray[Any, Any]":
+    """What every server has to answer to the photo, `(D,)`."""
+    encoder = BareEncoder(bundle)
+    embedding: np.ndarray[Any, Any] = encoder.embed([encoder.pixels(photo)])[0]
+    return embedding
 
 
 def cosine(answer: bytes, wanted: "np.ndarray[Any, Any]") -> float:
@@ -151,8 +177,7 @@ def bound(bundle: Path, photos: list[bytes]) -> dict[int, float]:
 def measure(names: list[str], plan: Plan, bundle: Path, batch: int, queue: int) -> dict[str, Any]:
     """All rounds; the figures."""
     photos = photo_mix.distinct(DISTINCT)
-    encoder = BareEncoder(bundle)
-    wanted = encoder.embed([encoder.pixels(photos[0])])[0]
+    wanted = bare_embedding(bundle, photos[0])
     records = {name: Record(CONTENDERS[name].label) for name in names}
     bounds: list[dict[int, float]] = []
     for number in range(plan.rounds):
@@ -182,8 +207,8 @@ def measure(names: list[str], plan: Plan, bundle: Path, batch: int, queue: int) 
 
 def usual() -> list[str]:
     """All servers; bf16 only where the processor has it."""
-    processor = Path("/proc/cpuinfo").read_text()
-    return [name for name in CONTENDERS if name != "bf16" or "avx512_bf16" in processor or "amx_bf16" in processor]
+    has_bf16 = "BF16" in capabilities(openvino.Core())
+    return [name for name in CONTENDERS if name != "bf16" or has_bf16]
 
 
 def tell(record: Record) -> None:
@@ -199,8 +224,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--servers", nargs="+", choices=list(CONTENDERS), default=usual())
     parser.add_argument("--encoder", default="simclr-vit-tiny-photos")
-    parser.add_argument("--batch", type=int, default=4, help="most images of a batch; one core gains nothing by more")
-    parser.add_argument("--queue", type=int, default=16, help="most images in work, where a server can be told")
+    parser.add_argument("--batch", type=int, default=BATCH, help="most images of a batch")
+    parser.add_argument("--queue", type=int, default=QUEUE, help="most images in work, where a server can be told")
     parser.add_argument("--rounds", type=int, default=FULL.rounds, help="of the full plan, 8 minutes each")
     parser.add_argument("--quick", action="store_true", help="one short round, which is neither saved nor published")
     arguments = parser.parse_args()

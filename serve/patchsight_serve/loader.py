@@ -131,10 +131,10 @@ def _worth_it(trial: Trial) -> bool:
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """Its name, and a digest of what it can do: virtual machines with bf16 and without have the same name."""
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    told = [line.partition(":") for line in lines]
-    name = next((value.strip() for key, _, value in told if key.strip() == "model name"), platform.processor())
-    flags = next((value for key, _, value in told if key.strip() in ("flags", "Features")), "")
-    return f"{name or platform.machine()} {sha256(flags.encode()).hexdigest()[:8]}"
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = told.get("model name") or platform.processor() or platform.machine()
+    flags = told.get("flags") or told.get("Features", "")  # x86, Arm
+    return f"{name} {sha256(flags.encode()).hexdigest()[:8]}"
 
 
 def _versions() -> str:

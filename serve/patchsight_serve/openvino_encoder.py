@@ -81,7 +81,7 @@ def capabilities(core: Any) -> list[str]:
 
 
 def _end_in_fp32(model: Any) -> None:
-    """Have embeddings whitened in fp32. OpenVINO computes every product of matrices in bf16, and from 9 rows on by
+    """Have embeddings whitened in fp32. OpenVINO computes every product of matrices in bf16, and from 16 rows on by
     other kernels, so that an embedding would depend on how many images are run with it. What comes after the last
     product it leaves in fp32: the whitening is written as a sum.
     """

@@ -154,6 +154,23 @@ def test_a_picture_that_comes_late_does_not_lead_away_from_the_map(visit: Visit)
     visit.end()
 
 
+def test_a_picture_that_comes_late_does_not_undo_the_way_back(visit: Visit) -> None:
+    page = visit.open()
+    before, address = page.locator("#picture-name").inner_text(), page.url
+    held: list[Route] = []
+    page.route("**/embed?*", lambda route: held.append(route))
+    page.locator("#neighbors a").first.click()
+    expect(page.locator("body")).to_have_class("busy")
+    page.go_back()
+    expect(page.locator("body")).not_to_have_class("busy")
+    for route in held:
+        route.continue_()
+    page.wait_for_load_state("networkidle")
+    expect(page).to_have_url(address)
+    visit.shown(before)
+    visit.end()
+
+
 def test_several_at_once_dropped_and_pasted(visit: Visit, photo: bytes) -> None:
     page = visit.open()
     files = [{"name": name, "mimeType": "image/jpeg", "buffer": photo} for name in ("one.jpg", "two.jpg")]

@@ -16,16 +16,17 @@ export const folderOf = (file) => file.path?.split("/").at(-2) ?? null;
 
 async function filesOf(entry) {
   if (entry.name.startsWith(".")) return []; // what systems leave in folders
-  const unread = withPath(new File([], entry.name), entry.fullPath.slice(1)); // refused by its name, as what is empty is
+  const path = entry.fullPath.slice(1);
+  const unread = () => new File([], entry.name); // refused by its name, as what is empty is
   if (entry.isFile) {
-    const file = await new Promise((done) => entry.file(done, () => done(unread)));
-    return [withPath(file, entry.fullPath.slice(1))];
+    const file = await new Promise((done) => entry.file(done, () => done(unread())));
+    return [withPath(file, path)];
   }
   const reader = entry.createReader();
   const found = [];
   for (;;) {
     const some = await new Promise((done) => reader.readEntries(done, () => done(null))); // a hundred at a time
-    if (!some) return [...found, unread];
+    if (!some) return [...found, withPath(unread(), path)];
     if (!some.length) return found;
     for (const inner of some) found.push(...(await filesOf(inner)));
   }

@@ -73,3 +73,5 @@ $("key-dialog").querySelector("form").addEventListener("submit", (event) => {
   $("key-dialog").close($("key").value.trim());
 });
 $("key-cancel").addEventListener("click", () => $("key-dialog").close(""));
+
+$("dismiss").addEventListener("click", () => ($("notice").hidden = true));

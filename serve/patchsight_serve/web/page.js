@@ -17,7 +17,7 @@ import { enterGallery, readGallery, showStrip, watchGallery } from "./gallery.js
 import { askForKey, complain, tell } from "./messages.js";
 import { neighborsOf, showNeighbors } from "./neighbors.js";
 import { chooseIn, layPatches, watchPatches } from "./patch.js";
-import { draw, embed, showPicture } from "./picture.js";
+import { embed, showPicture } from "./picture.js";
 import "./pulse.js";
 import { app } from "./state.js";
 import { address, addressed, bitmapOf, bytesOf, nameOf, settleAt, targetOf } from "./target.js";
@@ -25,7 +25,7 @@ import { markCurrent, walk } from "./trail.js";
 import { keep } from "./upload.js";
 import { openView, showView, viewOf } from "./views.js";
 
-let turn = 0; // a reply that comes after the person went on is dropped
+let coming = {}; // the key of what is on its way; it is dropped if the person goes on before it comes
 
 /* ---- What is shown ---- */
 
@@ -49,18 +49,16 @@ async function route() {
     return complain(error, route);
   }
   const view = viewOf(location.hash);
-  if (view) {
-    turn += 1; // a picture that is on its way leads nobody back from there
-    return openView(view).catch((error) => complain(error, route));
-  }
   const target = targetOf(location.hash);
-  if (app.shown && (target ?? app.shown.target).key === app.shown.target.key) {
+  const key = (target ?? app.shown?.target)?.key;
+  if (coming.key !== (view ?? key)) drop();
+  if (view) return openView(view).catch((error) => complain(error, route));
+  if (app.shown && key === app.shown.target.key) {
     if (target) chooseIn(target.box);
     return settle(app.shown.target);
   }
-  if (target) return open(target);
-  const first = $("strip").querySelector("a");
-  if (first) return open(targetOf(first.hash));
+  const next = target ?? targetOf($("strip").querySelector("a")?.hash ?? "");
+  if (next) return open(next);
   $("view").hidden = true; // there is nothing to show
   document.title = "patchsight";
 }
@@ -75,8 +73,14 @@ function settle(target) {
 /** Once more, and what the address names: the person may be on their way. */
 const refresh = () => open(targetOf(location.hash) ?? app.shown.target);
 
+/** What is on its way is not waited for any more. */
+function drop() {
+  coming = {};
+  document.body.classList.remove("busy");
+}
+
 async function open(target) {
-  const mine = ++turn;
+  const mine = (coming = { key: target.key });
   document.body.classList.add("busy");
   $("notice").hidden = true; // it was about what was there before
   try {
@@ -88,12 +92,12 @@ async function open(target) {
       about,
       bitmapOf(target, bytes),
     ]);
-    if (mine !== turn) return;
+    if (mine !== coming) return;
     show({ target, bytes, bitmap, image, found, ...seen });
   } catch (error) {
-    if (mine === turn) fail(error, target);
+    if (mine === coming) fail(error, target);
   } finally {
-    if (mine === turn) document.body.classList.remove("busy");
+    if (mine === coming) document.body.classList.remove("busy");
   }
 }
 
@@ -174,18 +178,14 @@ onEntryChanged(async (gone) => {
 });
 onFilled(filled);
 onGalleryChosen(() => {
-  turn++; // what is on its way is of the gallery before
-  document.body.classList.remove("busy");
+  drop(); // what is on its way is of the gallery before
   return route();
 });
 $("only-label").addEventListener("change", refresh);
-$("dismiss").addEventListener("click", () => ($("notice").hidden = true));
 $("add").addEventListener("submit", add);
 watchPatches();
 watchAcross();
 watchCompare();
-$("opacity").addEventListener("input", draw);
-$("controls").addEventListener("change", draw);
 $("encoder").addEventListener("change", ({ target }) => {
   const chosen = app.encoders.find(({ name }) => name === target.value);
   address("encoder", chosen.default ? null : chosen.name);

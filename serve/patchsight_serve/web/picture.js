@@ -112,3 +112,6 @@ function noteOf({ h, w, values }) {
   const times = (strongest * h * w).toFixed(1);
   return `The brightest of ${h} × ${w} patches has ${percent(strongest, 1)} of the attention, ${times} times an even share.`;
 }
+
+$("opacity").addEventListener("input", draw);
+$("controls").addEventListener("change", draw);

@@ -12,7 +12,6 @@ export const viewOf = (hash) => hash.match(/^#\/(map|groups)$/)?.[1] ?? null;
 
 export function openView(name) {
   showView(name);
-  document.body.classList.remove("busy"); // with a picture that is not waited for any more
   document.title = `${TITLES[name]} · patchsight`;
   return VIEWS[name]();
 }

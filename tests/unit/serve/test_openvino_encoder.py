@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import openvino
 import pytest
 from measure import ROOT
 
@@ -17,7 +18,7 @@ from patchsight_serve.openvino_encoder import OpenvinoEncoder
 from patchsight_serve.ort_encoder import OrtEncoder
 from patchsight_serve.trial_pictures import noise, photos
 
-HAS_BF16 = any(flag in Path("/proc/cpuinfo").read_text() for flag in ("avx512_bf16", "amx_bf16"))
+HAS_BF16 = "BF16" in openvino_encoder.capabilities(openvino.Core())
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def test_bf16_whitens_in_fp32(whitened: Path) -> None:
 
 
 def test_an_image_alone_has_the_embedding_that_it_has_among_others_in_bf16(whitened: Path) -> None:
-    """From 9 rows on, OpenVINO's products of matrices are other kernels' on processors with AMX. To the last bit where
+    """From 16 rows on, OpenVINO's products of matrices are other kernels' on processors with AMX. To the last bit where
     there is bf16; what emulates it does not round alike at every size."""
     encoder = OpenvinoEncoder(whitened, 1, "bf16")
     images = photos(encoder.manifest.transform, 24)
