@@ -7,23 +7,22 @@ one that was cancelled or failed, Triton may still write into it, and the next r
 import asyncio
 import logging
 import math
+import mmap
 import os
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any
 
 import numpy as np
 from tritonclient.grpc import InferInput, InferRequestedOutput
 from tritonclient.grpc.aio import InferResult
-from tritonclient.utils import shared_memory
 
 from patchsight_serve.encoder import Pixels, Values
 from patchsight_serve.errors import PatchsightError
 from patchsight_serve.manifest import Manifest
 from patchsight_serve.triton_client import CALL_S, Triton, TritonFailure, said
 from patchsight_serve.triton_config import MAX_BATCH
-from patchsight_serve.triton_leftovers import PREFIX, hold
+from patchsight_serve.triton_leftovers import MEMORY, PREFIX, hold
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,11 @@ REST_S = 60.0  # before Triton is told to forget a region that it may still be w
 
 
 class Slot:
-    """One region: `(MAX_BATCH, S, S, 3)` uint8, and behind it each output, float32."""
+    """One region: `(MAX_BATCH, S, S, 3)` uint8, and behind it each output, float32. Raises OSError.
+
+    A plain file: what Python's `multiprocessing` makes, a helper process of Python takes away when this one is killed,
+    and nobody could tell any more that Triton still has it mapped.
+    """
 
     def __init__(self, manifest: Manifest) -> None:
         self.name = f"{PREFIX}{os.getpid()}-{uuid.uuid4().hex[:12]}"
@@ -42,22 +45,28 @@ class Slot:
             self._offsets[name] = end
             end = _aligned(end + 4 * MAX_BATCH * math.prod(shape))
         self.size = end
-        self.handle: Any = shared_memory.create_shared_memory_region(self.name, f"/{self.name}", end, create_only=True)
+        descriptor = os.open(MEMORY / self.name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         try:
+            os.ftruncate(descriptor, end)
+            self._memory = mmap.mmap(descriptor, end)
             self._lock = hold(self.name)
         except OSError:
-            shared_memory.destroy_shared_memory_region(self.handle)
+            (MEMORY / self.name).unlink()
             raise
+        finally:
+            os.close(descriptor)
 
     def destroy(self) -> None:
-        shared_memory.destroy_shared_memory_region(self.handle)
+        """Its name is gone at once, its memory with this slot."""
+        (MEMORY / self.name).unlink(missing_ok=True)
         os.close(self._lock)
 
     def image(self, images: Sequence[Pixels]) -> InferInput:
         """The call's input; the pixels are in the region when this returns."""
-        pixels = np.stack(images)
-        shared_memory.set_shared_memory_region(self.handle, [pixels])
-        image = InferInput("image", pixels.shape, "UINT8")
+        shape = (len(images), *images[0].shape)
+        pixels: Pixels = np.ndarray(shape, np.uint8, self._memory)
+        np.stack(images, out=pixels)
+        image = InferInput("image", shape, "UINT8")
         image.set_shared_memory(self.name, pixels.nbytes)
         return image
 
@@ -72,7 +81,7 @@ class Slot:
         shape, told = (count, *self._manifest.outputs[name]), answer.get_output(name)
         if told is None or tuple(told.shape) != shape or told.datatype != "FP32":
             raise TritonFailure(f"Triton: {name} is {told and tuple(told.shape)}, not float32 {shape}", "broken")
-        return np.array(shared_memory.get_contents_as_numpy(self.handle, np.float32, shape, self._offsets[name]))
+        return np.ndarray(shape, np.float32, self._memory, self._offsets[name]).copy()
 
 
 class TritonMemory:
@@ -116,7 +125,7 @@ class TritonMemory:
             return None
         try:
             slot = Slot(self._manifest)
-        except (shared_memory.SharedMemoryException, OSError) as error:
+        except OSError as error:
             self._give_up(error)
             return None
         self._count += 1

@@ -4,6 +4,7 @@ numbers is shown in tests/triton."""
 import asyncio
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,8 @@ def test_what_a_killed_gateway_left_behind_is_given_back(
     dead, living = (triton_leftovers.MEMORY / name for name in names_there)
     others[0].kill()
     others[0].wait()
+    time.sleep(1.0)  # nobody else takes it away, or Triton would have it mapped for ever
+    assert dead.exists()
     triton = FakeTriton(None)
     triton.known += names_there
 
