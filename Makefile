@@ -3,6 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 UV := $(shell command -v uv || echo .uv/bin/uv)
 export UV_PYTHON_DOWNLOADS := never
+export ORT_DISABLE_TELEMETRY := 1
 
 .PHONY: serve triton test check acceptance bench docs api dashboard lock clean
 

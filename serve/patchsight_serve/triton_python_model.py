@@ -6,9 +6,12 @@ without a word), and not this package: it imports nothing of it.
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before ONNX Runtime, which would tell its maker of each session
 
 import numpy as np
 import onnxruntime as ort
