@@ -19,7 +19,9 @@ from patchsight_serve.dataset import read_dataset
 from patchsight_serve.sample_gallery import SAMPLES
 
 ROOT = Path(__file__).resolve().parents[2]
-IMAGE, GPU_IMAGE = "patchsight", "patchsight-test/gpu"
+# Names that nobody else gives: the engine may be one that runs other things.
+PROJECT = "patchsight-test"
+IMAGE, GPU_IMAGE = f"{PROJECT}/gateway", f"{PROJECT}/gpu"
 KEY = "a-key-that-nobody-guesses"
 LARGEST_MB = 600  # of what the image has beside its base
 SAMPLE_COUNT = 200
@@ -82,9 +84,9 @@ class Gateway:
 @pytest.fixture
 def one(engine: Engine, clone: Path) -> Iterator[str]:  # noqa: ARG001
     """A container's name, and its volume's. Both are gone afterwards."""
-    yield "patchsight-test-one"
-    engine.docker("rm", "--force", "patchsight-test-one")
-    engine.docker("volume", "rm", "--force", "patchsight-test-one")
+    yield f"{PROJECT}-one"
+    engine.docker("rm", "--force", f"{PROJECT}-one")
+    engine.docker("volume", "rm", "--force", f"{PROJECT}-one")
 
 
 def test_the_image(engine: Engine, one: str) -> None:
@@ -126,37 +128,38 @@ def composed(engine: Engine, clone: Path) -> Iterator[tuple[Callable[..., str], 
     recipe += 'install --directory --owner=nobody /prometheus\nUSER nobody\nENTRYPOINT ["prometheus"]\n'
     (clone / "prometheus").mkdir()
     (clone / "prometheus" / "Dockerfile").write_text(recipe)
-    engine.docker("build", "--tag=patchsight-test/prometheus", str(clone / "prometheus"))
+    engine.docker("build", f"--tag={PROJECT}/prometheus", str(clone / "prometheus"))
     (steps,) = [body for _, _, body in blocks((ROOT / "docs/operate.md").read_text()) if "secrets/metrics_key" in body]
     secrets, last = steps.strip().rsplit("\n", 1)
     assert last == "docker compose up -d"
     subprocess.run(["bash", "-ec", secrets], cwd=clone, check=True)
     port = free_port()
+    edits = {r"^name: .*": "", r"image: patchsight$": f"image: {IMAGE}", r"prom/prometheus:\S+": f"{PROJECT}/prometheus",
+             r"127\.0\.0\.1:8000:": f"127.0.0.1:{port}:"}  # fmt: skip
     text = (clone / "compose.yaml").read_text()
-    for pattern, here in ((r"^name: .*", ""), (r"127\.0\.0\.1:8000:", f"127.0.0.1:{port}:"),
-                          (r"prom/prometheus:\S+", "patchsight-test/prometheus")):  # fmt: skip
+    for pattern, here in edits.items():
         text, count = re.subn(pattern, here, text, flags=re.MULTILINE)
         assert count == 1, pattern
     (clone / "here.yaml").write_text(text)
 
     def compose(*arguments: str) -> str:
-        line = ["docker-compose", "--project-name=patchsight", "--file=here.yaml", *arguments]
+        line = ["docker-compose", f"--project-name={PROJECT}", "--file=here.yaml", *arguments]
         return engine.run(*line, cwd=clone)
 
     yield compose, Gateway(port, (clone / "secrets" / "metrics_key").read_text().strip())
     compose("down", "--volumes")
-    engine.docker("rmi", "patchsight-test/prometheus")
+    engine.docker("rmi", f"{PROJECT}/prometheus")
 
 
 def test_compose(engine: Engine, composed: tuple[Callable[..., str], Gateway]) -> None:
     compose, gateway = composed
     compose("up", "--detach", "gateway", "prometheus")
-    name = "patchsight_gateway_1"
+    name = f"{PROJECT}_gateway_1"
     engine.healthy(name)
     gateway.embeds()
     gateway.grows()
     locked_up(engine, name)
-    (network,) = engine.inspect("patchsight_prometheus_1")["NetworkSettings"]["Networks"].values()
+    (network,) = engine.inspect(f"{PROJECT}_prometheus_1")["NetworkSettings"]["Networks"].values()
     watch = f"http://{network['IPAddress']}:9090"
     wait(lambda: value(watch, 'up{job="patchsight"}') == 1, "Prometheus reads the gateway's metrics with the key")
     wait(lambda: value(watch, "patchsight_gallery_images") == SAMPLE_COUNT + 1, "and what they say")
@@ -213,11 +216,11 @@ def machine(engine: Engine, clone: Path, tmp_path: Path) -> Iterator[Callable[[s
     (tmp_path / "Dockerfile").write_text(recipe)
     (tmp_path / "environment").write_text(f"PATCHSIGHT_API_KEYS='{KEY}'\n")
     shutil.copy(clone / "deploy" / "patchsight.service", tmp_path)
-    engine.docker("build", "--tag=patchsight-test/machine", str(tmp_path))
-    engine.docker("run", "--detach", "--name=patchsight-test-machine", *AS_SYSTEMD, "patchsight-test/machine")
-    yield lambda command: engine.docker("exec", "patchsight-test-machine", "sh", "-c", command)
-    engine.docker("rm", "--force", "patchsight-test-machine")
-    engine.docker("rmi", "patchsight-test/machine")
+    engine.docker("build", f"--tag={PROJECT}/machine", str(tmp_path))
+    engine.docker("run", "--detach", f"--name={PROJECT}-machine", *AS_SYSTEMD, f"{PROJECT}/machine")
+    yield lambda command: engine.docker("exec", f"{PROJECT}-machine", "sh", "-c", command)
+    engine.docker("rm", "--force", f"{PROJECT}-machine")
+    engine.docker("rmi", f"{PROJECT}/machine")
 
 
 def test_the_unit(machine: Callable[[str], str]) -> None:

@@ -1,18 +1,15 @@
-"""What deploy/ and the Dockerfile say, as far as it can be done without a container engine: a real Prometheus watches a
-real server on a real Triton, and every panel has something to show; the alerts; what the image is built by."""
+"""What deploy/ says of watching: a real Prometheus watches a real server on a real Triton, and every panel has
+something to show; the alerts. Containers have a file of their own."""
 
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -159,80 +156,3 @@ def test_every_panel_has_something_to_show(
     told = httpx.get(f"{watch}/api/v1/rules").json()["data"]["groups"][0]["rules"]
     assert {rule["health"] for rule in told} == {"ok"}
     assert [rule["name"] for rule in told if rule["state"] != "inactive"] == []
-
-
-def dockerfile_stage(number: int) -> Iterator[tuple[str, str]]:
-    text = (ROOT / "Dockerfile").read_text()
-    lines = [line for line in text.splitlines() if not line.startswith("#")]
-    stage = -1
-    for line in "\n".join(lines).replace("\\\n", " ").splitlines():
-        name, _, rest = line.strip().partition(" ")
-        stage += name == "FROM"
-        if stage == number and name and name != "FROM":
-            yield name, rest.strip()
-
-
-def test_the_steps_of_the_image_give_a_server(tmp_path: Path) -> None:
-    """RUN and COPY of the first stage in a folder, with paths into it; then what the second says: its variables, its
-    entry point and its health check. What is not done: the base image, the user, the layers."""
-    clone = tmp_path / "clone"
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "python")], check=True)
-
-    def inside(text: str) -> str:
-        return re.sub(r"(?<![\w.}])/(opt|tmp|src)\b", rf"{tmp_path}/\1", text)
-
-    here = {"PATH": f"{tmp_path / 'python/bin'}:{os.environ['PATH']}", "HOME": str(tmp_path)}
-    here |= {name: os.environ[name] for name in os.environ if name.startswith(("PIP_", "UV_", "SSL_"))}
-    for folder in ("opt", "tmp", "src"):
-        (tmp_path / folder).mkdir()
-    for name, rest in dockerfile_stage(0):
-        if name in ("ARG", "ENV"):
-            variable, _, value = rest.partition("=")
-            here[variable] = value
-        elif name == "COPY":
-            *sources, target = rest.split()
-            for source in sources:
-                to = tmp_path / "src" / (source if (clone / source).is_file() else target)
-                to.parent.mkdir(parents=True, exist_ok=True)
-                copy = shutil.copytree if (clone / source).is_dir() else shutil.copy
-                copy(clone / source, to)  # type: ignore[operator]
-        elif name == "RUN":
-            subprocess.run(["sh", "-ec", inside(rest)], cwd=tmp_path / "src", env=here, check=True, timeout=1200)
-    python = tmp_path / "opt/patchsight/bin/python"
-    left_out = "import importlib.util as u; print([n for n in ('torch', 'timm', 'pytest') if u.find_spec(n)])"
-    assert subprocess.run([python, "-c", left_out], capture_output=True, text=True, check=True).stdout == "[]\n"
-    size = sum(path.lstat().st_size for path in (tmp_path / "opt").rglob("*"))
-    assert size < LARGEST, f"{size:,}"
-    run_as_the_image_does(tmp_path, free_port())
-
-
-def run_as_the_image_does(root: Path, port: int) -> None:
-    second = list(dockerfile_stage(1))
-    told = " ".join(rest for name, rest in second if name == "ENV")
-    variables = dict(pair.split("=", 1) for pair in told.replace("/opt/", f"{root}/opt/").split())
-    (root / "state").mkdir()
-    variables |= {"PATCHSIGHT_STATE_DIR": str(root / "state"), "PATCHSIGHT_API_KEYS": KEY, "PATCHSIGHT_PORT": str(port)}
-    variables["PATH"] = variables["PATH"].replace("$PATH", os.environ["PATH"])
-    (check,) = [rest.partition("CMD ")[2].strip() for name, rest in second if name == "HEALTHCHECK"]
-    (entry,) = [json.loads(rest) for name, rest in second if name == "ENTRYPOINT"]
-    healthy = [word.replace(":8000", f":{port}") for word in json.loads(check)]
-    server = subprocess.Popen(
-        entry, executable=root / "opt/patchsight/bin" / entry[0], env=variables, cwd=root / "state"
-    )
-    try:
-        deadline = time.monotonic() + 120
-        ask: dict[str, Any] = {"env": variables, "capture_output": True}
-        while subprocess.run(healthy, executable=root / "opt/patchsight/bin/python", **ask).returncode:
-            assert server.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(1)
-        photo = read_dataset(SAMPLES).read(0)
-        url, key = f"http://127.0.0.1:{port}", {"Authorization": f"Bearer {KEY}"}
-        assert httpx.post(f"{url}/embed", content=photo).status_code == 401
-        embedded = httpx.post(f"{url}/embed", content=photo, headers=key).json()
-        assert embedded["encoder"]["name"] == "simclr-vit-tiny-photos"
-    finally:
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=60) == 0
-    assert subprocess.run(healthy, executable=root / "opt/patchsight/bin/python", **ask).returncode != 0
