@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 DEFAULT_FILE = Path("patchsight.toml")
@@ -93,4 +93,9 @@ def _explain(error: Any, settings: type[CommandSettings]) -> str:
         return f"unknown setting {name!r}; the settings are {known}"
     if error["type"] == "missing":
         return f"{name} is needed: --{name.replace('_', '-')}"
-    return f"{name}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"
+    message = error["msg"].removeprefix("Value error, ")
+    if not name:  # of several settings together: the message names them, and all that was given has keys in it
+        return str(message)
+    if settings.model_fields[str(error["loc"][0])].annotation is SecretStr:
+        return f"{name}: {message}"
+    return f"{name}: {message} (got {error['input']!r})"

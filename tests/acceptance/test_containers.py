@@ -134,8 +134,8 @@ def composed(engine: Engine, clone: Path) -> Iterator[tuple[Callable[..., str], 
     assert last == "docker compose up -d"
     subprocess.run(["bash", "-ec", secrets], cwd=clone, check=True)
     port = free_port()
-    edits = {r"^name: .*": "", r"image: patchsight$": f"image: {IMAGE}", r"prom/prometheus:\S+": f"{PROJECT}/prometheus",
-             r"127\.0\.0\.1:8000:": f"127.0.0.1:{port}:"}  # fmt: skip
+    edits = {r"^name: .*": "", r"image: patchsight$": f"image: {IMAGE}", r"127\.0\.0\.1:8000:": f"127.0.0.1:{port}:",
+             r"prom/prometheus:\S+": f"{PROJECT}/prometheus"}  # fmt: skip
     text = (clone / "compose.yaml").read_text()
     for pattern, here in edits.items():
         text, count = re.subn(pattern, here, text, flags=re.MULTILINE)

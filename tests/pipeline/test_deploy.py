@@ -1,5 +1,5 @@
 """Dockerfile, compose.yaml and deploy/ as far as they can be read: what they copy, mount, set and ask for is there. The
-acceptance suite runs what can be run of them without a container engine."""
+acceptance suite starts them."""
 
 import importlib.util
 import json

@@ -45,6 +45,22 @@ def test_keys_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "api_keys = **********" in settings.describe()
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('api_keys = ["very-secret"]', "api_keys: Input should be a valid string"),
+     ('api_keys = "very-secret"\nmax_images = 300', "error: max_images 300 can never enter")],
+)  # fmt: skip
+def test_keys_are_not_shown_where_something_is_wrong(
+    content: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("patchsight.toml").write_text(f"[serve]\n{content}\n")
+    with pytest.raises(SystemExit):
+        parse()
+    said = capsys.readouterr().err
+    assert message in said
+    assert "very-secret" not in said
+
+
 def test_flag_over_environment_over_file(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("patchsight.toml").write_text("[serve]\nport = 1\nmax_batch = 2\nmax_images = 3\n")
     monkeypatch.setenv("PATCHSIGHT_PORT", "4")
