@@ -81,8 +81,11 @@ export async function callJson(path, options) {
   return Object.assign(await response.json(), { took: response.took });
 }
 
-/** The options of a call that sends a picture as its bytes. */
-export const posting = (body) => ({ method: "POST", body, type: "application/octet-stream" });
+/** The options of a call that sends a picture as its bytes. One that the browser could not read is refused here. */
+export function posting(body) {
+  if (body.unread) throw unreadable();
+  return { method: "POST", body, type: "application/octet-stream" };
+}
 
 /** The gallery that the page is about: the one that its own address names. */
 export const galleryName = () => new URLSearchParams(location.search).get("gallery") || "default";
@@ -119,10 +122,13 @@ async function obtainKey(refused) {
 
 async function lost(body) {
   if (body && (await alive())) {
+    if (body instanceof Blob && !(await body.slice(0, 1).arrayBuffer().catch(() => null))) return unreadable();
     return new ApiError(413, "too_large", "the server broke off the upload; the file is probably too large");
   }
   return new Lost();
 }
+
+const unreadable = () => new ApiError(400, "unreadable", "the browser cannot read this file");
 
 async function refusal(response) {
   const content = await response.json().catch(() => null);

@@ -17,7 +17,7 @@ export const folderOf = (file) => file.path?.split("/").at(-2) ?? null;
 async function filesOf(entry) {
   if (entry.name.startsWith(".")) return []; // what systems leave in folders
   const path = entry.fullPath.slice(1);
-  const unread = () => new File([], entry.name); // refused by its name, as what is empty is
+  const unread = () => Object.assign(new File([], entry.name), { unread: true }); // refused by its name
   if (entry.isFile) {
     const file = await new Promise((done) => entry.file(done, () => done(unread())));
     return [withPath(file, path)];
