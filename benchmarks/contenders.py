@@ -44,6 +44,7 @@ class Terms:
             "BENTOML_HOME": str(self.scratch / "bentoml"),
             "BENTOML_DO_NOT_TRACK": "true",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "ORT_DISABLE_TELEMETRY": "1",
             "TMPDIR": str(self.scratch),
             "RAY_TMPDIR": str(self.scratch),
         }
