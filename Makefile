@@ -27,7 +27,7 @@ acceptance: .venv/.built .triton-venv/.built ## the same suites at full counts, 
 	.venv/bin/python -m pytest --durations=15
 
 bench: .venv/.built .triton-venv/.built ## each figure of the README, into benchmarks/results/
-	for name in encoders public_encoders precision scaled_decode serving saturation overhead engines triton_gateway outputs attention augmentation multi_crop training gallery; do .venv/bin/python benchmarks/$$name.py || exit 1; done
+	for name in encoders public_encoders precision scaled_decode serving saturation overhead engines triton_gateway outputs attention augmentation multi_crop training gallery regions; do .venv/bin/python benchmarks/$$name.py || exit 1; done
 
 docs: .venv/.built ## README aside, all that there is to read, as pages in site/; nothing in them asks the network for anything
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --site-dir site

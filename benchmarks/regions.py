@@ -7,7 +7,7 @@ A region of each of 60 photos of clothes is pasted into two of 600 photos of Cal
 central square, at 0.25 to 0.55 of its side, and saved as JPEG again. It is looked for among all of them: by the
 embedding of the whole query, by that of the region's surroundings, and by patch tokens in several ways, also as the
 server does it, of the 200 nearest alone. Writes `benchmarks/results/regions.json`, the table in docs/search.md, and
-docs/images/regions.png, a sheet of photos of clothes alone, as the server ranks them.
+docs/images/regions.jpg, a sheet of photos of clothes alone, as the server ranks them.
 """
 
 import io
@@ -250,7 +250,7 @@ def main() -> None:
         save("regions", {"setting": setting, "encoders": figures})
         publish("regions", table(figures))
         page = sheet(encoders[ENCODERS[0]], clothes[:4], photos("clothing10/train.parquet", 200, 2))
-        page.save(ROOT / "docs" / "images" / "regions.png", optimize=True)
+        page.save(ROOT / "docs" / "images" / "regions.jpg", quality=88)
 
 
 if __name__ == "__main__":
