@@ -14,6 +14,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("PATCHSIGHT_TEST_DATA", ROOT.parent / "shared" / "data"))
+# What a processor has, by its flag: the best first.
+INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "avx512_vnni": "AVX512-VNNI", "avx2": "AVX2"}
 PACKAGES = ("numpy", "pillow", "onnxruntime-gpu", "onnxruntime", "faiss-cpu", "torch")
 
 
@@ -46,12 +48,14 @@ def commit() -> str:
     return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
 
 
-def hardware() -> str:
-    """Processor and cores, for example `AMD EPYC, 2 cores`."""
-    cpuinfo = Path("/proc/cpuinfo")
+def hardware(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Processor, cores, and the best of `INSTRUCTIONS` it has, for example `AMD EPYC, 2 cores, AVX512-VNNI`. Processors
+    of one name, in virtual machines, differ in that."""
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {os.cpu_count()} cores"
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    flags = told.get("flags", "").split()
+    best = [name for flag, name in INSTRUCTIONS.items() if flag in flags][:1]
+    return ", ".join([told.get("model name", platform.machine()), f"{os.cpu_count()} cores", *best])
 
 
 def versions() -> dict[str, str]:
