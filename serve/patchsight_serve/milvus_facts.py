@@ -1,5 +1,7 @@
 """What is known of galleries on Milvus beside their images: short texts by name, in a collection of their own."""
 
+import time
+
 from pymilvus import DataType
 
 from patchsight_serve.errors import PatchsightError
@@ -14,10 +16,14 @@ class MilvusFacts:
         """Makes the collection where it is not there. Raises NotReady."""
         self._connection = connection
         self._collection = f"{prefix}__facts__"  # no gallery's: those end with random digits
-        try:
-            self._make()
-        except PatchsightError:  # another gateway has made it meanwhile, or it fails again
-            self._make()
+        deadline = time.monotonic() + TIMEOUT_S
+        while True:
+            try:
+                return self._make()
+            except PatchsightError:  # another gateway is making it: until it has, neither finding nor making works
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
 
     def _make(self) -> None:
         client = self._connection.client

@@ -60,7 +60,7 @@ def test_two_gateways_see_what_the_other_was_told_is_stored(on_milvus: Open) -> 
 def test_of_two_encoders_at_once_one_binds_the_gallery(on_milvus: Open) -> None:
     gateways = [on_milvus(), on_milvus()]
     for name in "abcd":
-        start = threading.Barrier(2)
+        start = threading.Barrier(2, timeout=60)
 
         def add(gateway: MilvusGalleries, encoder: Identity, name: str = name, start: threading.Barrier = start):
             gallery = gateway.get(name, create=True)
@@ -82,7 +82,7 @@ def test_of_two_encoders_at_once_one_binds_the_gallery(on_milvus: Open) -> None:
 
 
 def test_of_one_encoder_at_once_all_images_are_there(on_milvus: Open) -> None:
-    start = threading.Barrier(3)
+    start = threading.Barrier(3, timeout=60)
 
     def add(i: int) -> None:
         gallery = on_milvus().get("mine", create=True)
