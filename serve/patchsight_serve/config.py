@@ -96,6 +96,7 @@ def _explain(error: Any, settings: type[CommandSettings]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if not name:  # of several settings together: the message names them, and all that was given has keys in it
         return str(message)
-    if settings.model_fields[str(error["loc"][0])].annotation is SecretStr:
+    secret = settings.model_fields[str(error["loc"][0])].annotation is SecretStr
+    if secret or "@" in str(error["input"]):  # an address may have a password in it
         return f"{name}: {message}"
     return f"{name}: {message} (got {error['input']!r})"
