@@ -48,9 +48,10 @@ def commit() -> str:
     return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
 
 
-def hardware(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+def hardware() -> str:
     """Processor, cores, and the best of `INSTRUCTIONS` it has, for example `AMD EPYC, 2 cores, AVX512-VNNI`. Processors
     of one name, in virtual machines, differ in that."""
+    cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
     flags = told.get("flags", "").split()

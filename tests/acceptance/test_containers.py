@@ -5,13 +5,12 @@ Debian's, and of Grafana there is none."""
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from containers import BASE, Engine, running_engine
+from containers import BASE, Engine, running_engine, wait
 from pages import blocks
 from triton_process import free_port
 
@@ -25,7 +24,6 @@ IMAGE, GPU_IMAGE = f"{PROJECT}/gateway", f"{PROJECT}/gpu"
 KEY = "a-key-that-nobody-guesses"
 LARGEST_MB = 600  # of what the image has beside its base
 SAMPLE_COUNT = 200
-PATIENCE_S = 90
 # systemd as a container's first process: the least that lets it mount, and the hierarchy that it keeps services in.
 HIERARCHY = "/sys/fs/cgroup/systemd"
 AS_SYSTEMD = ["--cap-add=SYS_ADMIN", "--security-opt=seccomp=unconfined", "--security-opt=apparmor=unconfined",
@@ -47,13 +45,6 @@ def clone(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
     engine.docker("build", "--build-arg", f"BASE={BASE}", "--tag", IMAGE, str(folder))
     return folder
-
-
-def wait(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.5)
 
 
 class Gateway:

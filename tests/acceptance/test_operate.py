@@ -3,7 +3,6 @@ something to show; the alerts. Containers have a file of their own."""
 
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+from debian import install
 from triton_process import ENVIRONMENT, TritonProcess, free_port
 
 from patchsight_serve.dataset import read_dataset
@@ -32,12 +32,8 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(1800)]
 
 @pytest.fixture(scope="module")
 def tools() -> None:
-    """Debian's Prometheus, with promtool. The service that its package would start is not wanted."""
-    if shutil.which("prometheus") is None:
-        here = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
-        subprocess.run(["apt-get", "update", "-qq"], check=True)
-        install = ["apt-get", "install", "-qq", "-y", "--no-install-recommends", "prometheus"]
-        subprocess.run(install, check=True, env=here, stdout=subprocess.DEVNULL)
+    """Debian's Prometheus, with promtool."""
+    install({"prometheus": "prometheus"})
 
 
 def test_alerts(tools: None) -> None:  # noqa: ARG001

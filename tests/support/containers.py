@@ -7,14 +7,17 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from debian import install
+
 BASE = "patchsight-test/base"
 CERTIFICATES = Path("etc/ssl/certs/ca-certificates.crt")
-PACKAGES = {"dockerd": "docker.io", "docker-compose": "docker-compose", "debootstrap": "debootstrap"}
+PACKAGES = {"dockerd": "docker.io", "docker-compose": "docker-compose", "debootstrap": "debootstrap",
+            "iptables": "iptables"}  # fmt: skip
 PATIENCE_S = 90
 
 
@@ -40,10 +43,11 @@ class Engine:
 
     def healthy(self, container: str) -> None:
         """Wait until the image's own health check says so."""
-        deadline = time.monotonic() + PATIENCE_S
-        while self.inspect(container)["State"].get("Health", {}).get("Status") != "healthy":
-            assert time.monotonic() < deadline, self.docker("logs", container)
-            time.sleep(0.5)
+
+        def is_healthy() -> bool:
+            return bool(self.inspect(container)["State"].get("Health", {}).get("Status") == "healthy")
+
+        wait(is_healthy, lambda: self.docker("logs", container))
 
     def make_base(self, folder: Path) -> None:
         """`BASE`: Debian 12 with Python and pip by the names that the official image of Python gives them. Whom this
@@ -63,14 +67,12 @@ class Engine:
         self.docker("import", "--change", trust, f"{folder}/base.tar", BASE)
 
 
-def install() -> None:
-    """Debian's packages of what is missing; the service that one of them would start is not wanted."""
-    missing = [package for command, package in PACKAGES.items() if shutil.which(command) is None]
-    if missing:
-        here = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
-        subprocess.run(["apt-get", "update", "-qq"], check=True)
-        line = ["apt-get", "install", "-qq", "-y", "--no-install-recommends", "iptables", *missing]
-        subprocess.run(line, check=True, env=here, stdout=subprocess.DEVNULL)
+def wait(condition: Callable[[], object], what: str | Callable[[], str]) -> None:
+    """what: is waited for, or what to say instead, once it has lasted too long."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, what if isinstance(what, str) else what()
+        time.sleep(0.5)
 
 
 def answers(engine: Engine) -> bool:
@@ -80,7 +82,7 @@ def answers(engine: Engine) -> bool:
 @contextmanager
 def running_engine() -> Iterator[Engine]:
     """With `BASE` in it. Needs root where no engine answers."""
-    install()
+    install(PACKAGES)
     folder = Path(tempfile.mkdtemp(prefix="engine-"))  # short: it holds sockets
     found, own = Engine(None), Engine(f"unix://{folder}/socket")
     process = None
@@ -89,11 +91,8 @@ def running_engine() -> Iterator[Engine]:
             line = ["dockerd", f"--data-root={folder}/data", f"--exec-root={folder}/exec", f"--pidfile={folder}/pid"]
             with (folder / "log").open("wb") as log:
                 process = subprocess.Popen([*line, f"--host=unix://{folder}/socket"], stdout=log, stderr=log)
-            deadline = time.monotonic() + PATIENCE_S
-            while not answers(own):
-                assert process.poll() is None, (folder / "log").read_text()
-                assert time.monotonic() < deadline, (folder / "log").read_text()
-                time.sleep(0.5)
+            wait(lambda: answers(own) or process.poll() is not None, (folder / "log").read_text)
+            assert process.poll() is None, (folder / "log").read_text()
         engine = own if process else found
         engine.make_base(folder)
         yield engine
